@@ -210,9 +210,8 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
       ConfigError: an unknown key (with the nearest known one), a missing key, a value of another type, or a
         combination that cannot run.
     """
-    if hasattr(values, "to_dict"):
-        values = values.to_dict()  # ml_collections.ConfigDict
-    config = _freeze(Config, values, "config")
+    to_plain = getattr(values, "to_dict", None)  # ml_collections.ConfigDict
+    config = _freeze(Config, to_plain() if to_plain else values, "config")
     validate(config)
     return config
 
@@ -245,7 +244,7 @@ def _freeze(kind: type, values: Any, where: str) -> Any:
     fields = {}
     for name, hint in hints.items():
         value = values[name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             fields[name] = _freeze(hint, value, f"{where}.{name}")
         else:
             fields[name] = _typed(value, hint, f"{where}.{name}")
