@@ -118,6 +118,7 @@ class ChunkTargets:
     prior_BxM: Array  # float32 in [0, 1]
     target_BxM: Array  # float32 in [0, 1]
     is_audited_BxM: Array  # bool: a valid anchor with at least one continuation received
+    advantage_BxM: Array  # float32, target − baseline: weighs the chunk's tokens; 0 where not audited
 
 
 @struct.dataclass

@@ -1,0 +1,168 @@
+"""Entropy of the student's predictions and log-probability of its tokens, exact over the full vocabulary.
+
+    H_t = − Σ_v p_t(v) log p_t(v)        log p_t(y_t) = l_t(y_t) − log Σ_v exp l_t(v)        p_t = softmax(l_t)
+
+with logits l_t = h_t · W, computed a block of tokens at a time (`blocks`). H_t is the paper's peak-entropy signal: the
+entropy of the distribution that *produced* y_t, so h_t is the hidden state of the token before y_t.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omniopd_jax.algo.blocks import block_logits, check_shapes, pull_back, scan_blocks, without_neginf
+from omniopd_jax.types import Array
+
+
+def entropy_and_logprob(
+    hidden_BxTxD: Array,
+    unembed_DxV: Array,
+    targets_BxT: Array,
+    *,
+    block_tokens: int = 512,
+    logit_softcap: float | None = None,
+) -> tuple[Array, Array]:
+    """Exact entropy and target log-probability of every position, without [B, T, V].
+
+    Differentiable in the hidden states and the unembedding, through both results; the backward pass computes each
+    block's logits again. A −inf logit has p = 0 and contributes 0, forward and backward.
+
+    Args:
+      hidden_BxTxD: hidden states after the final norm; position t predicts targets[:, t].
+      unembed_DxV: read in the hidden states' dtype; products are summed in float32.
+      targets_BxT: int, in [0, V). Padding may hold any valid id: its results are meant to be masked.
+      block_tokens: tokens a block of the scan; any number, it need not divide B·T.
+      logit_softcap: l ← cap · tanh(l / cap) where the model has one (Gemma 2), else None.
+
+    Returns:
+      (entropy_BxT, logprob_BxT), float32, nats.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+    """
+    check_shapes(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens)
+    return _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap)
+
+
+def token_logprob(
+    hidden_BxTxD: Array,
+    unembed_DxV: Array,
+    targets_BxT: Array,
+    *,
+    block_tokens: int = 512,
+    logit_softcap: float | None = None,
+) -> Array:
+    """`entropy_and_logprob` without the entropy: what an update needs. Returns logprob_BxT, float32, nats."""
+    check_shapes(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens)
+    return _logprob(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap)
+
+
+def log_normaliser(logits_nxV: Array) -> Array:
+    """log Σ exp of each row, float32 [n, 1]."""
+    peak = jnp.max(logits_nxV, axis=-1, keepdims=True)
+    return peak + jnp.log(jnp.sum(jnp.exp(logits_nxV - peak), axis=-1, keepdims=True))
+
+
+def target_logit(logits_nxV: Array, targets_n: Array) -> Array:
+    return jnp.take_along_axis(logits_nxV, targets_n[:, None], axis=-1)[:, 0]
+
+
+def logprob_gradient(probability_nxV: Array, targets_n: Array) -> Array:
+    """d log p(y) / d logits = onehot(y) − p, as a comparison with an iota: it fuses, a scatter would not."""
+    vocabulary = jax.lax.broadcasted_iota(targets_n.dtype, probability_nxV.shape, 1)
+    return (vocabulary == targets_n[:, None]) - probability_nxV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _score(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
+    return _score_forward(hidden, unembed, targets, block_tokens, softcap)[0]
+
+
+def _score_forward(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
+    operand = unembed.astype(hidden.dtype)
+
+    def block(_, hidden_nxD, targets_n):
+        logits = block_logits(hidden_nxD, operand, softcap)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        shifted = logits - peak
+        mass = jnp.exp(shifted)
+        total = jnp.sum(mass, axis=-1)
+        # p log p → 0 as p → 0: a −inf logit must not meet its own 0 in a product
+        entropy = jnp.log(total) - jnp.sum(jnp.where(mass > 0, mass * shifted, 0.0), axis=-1) / total
+        normaliser = peak[:, 0] + jnp.log(total)
+        return None, (entropy, target_logit(logits, targets_n) - normaliser, normaliser)
+
+    _, (entropy, logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
+    return (entropy, logprob), (hidden, unembed, targets, entropy, normaliser)
+
+
+def _score_backward(block_tokens: int, softcap: float | None, saved: Any, gradients: Any) -> Any:
+    hidden, unembed, targets, entropy, normaliser = saved
+    operand = unembed.astype(hidden.dtype)
+    finite = without_neginf(operand)
+
+    def block(unembed_gradient, hidden_nxD, targets_n, entropy_n, normaliser_n, d_entropy_n, d_logprob_n):
+        logits = block_logits(hidden_nxD, operand, softcap)
+        logprobs = logits - normaliser_n[:, None]
+        probability = jnp.exp(logprobs)
+        # dH / d logits = − p (log p + H)
+        surprise = jnp.where(probability > 0, probability * (logprobs + entropy_n[:, None]), 0.0)
+        gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n) - d_entropy_n[:, None] * surprise
+        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
+        return unembed_gradient + d_unembed, d_hidden
+
+    unembed_gradient, hidden_gradient = scan_blocks(
+        block,
+        jnp.zeros(unembed.shape, jnp.float32),
+        (hidden, targets, entropy, normaliser, *gradients),
+        block_tokens=block_tokens,
+    )
+    return hidden_gradient, unembed_gradient.astype(unembed.dtype), None
+
+
+_score.defvjp(_score_forward, _score_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _logprob(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
+    return _logprob_forward(hidden, unembed, targets, block_tokens, softcap)[0]
+
+
+def _logprob_forward(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
+    operand = unembed.astype(hidden.dtype)
+
+    def block(_, hidden_nxD, targets_n):
+        logits = block_logits(hidden_nxD, operand, softcap)
+        normaliser = log_normaliser(logits)[:, 0]
+        return None, (target_logit(logits, targets_n) - normaliser, normaliser)
+
+    _, (logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
+    return logprob, (hidden, unembed, targets, normaliser)
+
+
+def _logprob_backward(block_tokens: int, softcap: float | None, saved: Any, d_logprob: Array) -> Any:
+    hidden, unembed, targets, normaliser = saved
+    operand = unembed.astype(hidden.dtype)
+    finite = without_neginf(operand)
+
+    def block(unembed_gradient, hidden_nxD, targets_n, normaliser_n, d_logprob_n):
+        logits = block_logits(hidden_nxD, operand, softcap)
+        probability = jnp.exp(logits - normaliser_n[:, None])
+        gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n)
+        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
+        return unembed_gradient + d_unembed, d_hidden
+
+    unembed_gradient, hidden_gradient = scan_blocks(
+        block,
+        jnp.zeros(unembed.shape, jnp.float32),
+        (hidden, targets, normaliser, d_logprob),
+        block_tokens=block_tokens,
+    )
+    return hidden_gradient, unembed_gradient.astype(unembed.dtype), None
+
+
+_logprob.defvjp(_logprob_forward, _logprob_backward)

@@ -1,0 +1,126 @@
+"""The one loss of every arm: weighted log-probabilities of a tree, plus the KL anchor."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from omniopd_jax.algo.arms import anchor_weights, batch_denominator, chunk_weights
+from omniopd_jax.types import Anchors, Array, TokenTree
+
+
+def tree_loss(
+    logprob_BxT: Array, branch_logprob_BxRxC: Array, anchor_kl_BxT: Array, tree: TokenTree
+) -> tuple[Array, dict[str, Array]]:
+    """loss = − Σ weight · log π(trunk) − Σ branch_weight · log π(branch) + Σ anchor_weight · KL(π_ref ‖ π).
+
+    Plain sums: the weights hold the denominators, so the losses, gradients and metrics of micro-batches add up to the
+    batch's. A position whose weight is exactly 0 contributes exactly 0 to loss and gradient, whatever is there.
+
+    Args:
+      logprob_BxT, branch_logprob_BxRxC: float32, nats, under the parameters being trained; R may be 0.
+      anchor_kl_BxT: float32, nats, KL(π_ref ‖ π_θ).
+      tree: the weights.
+
+    Returns:
+      (loss, metrics): float32 scalars; `loss/*` are the three terms as they enter the loss; `anchor/kl_sum` (nats) and
+      `anchor/tokens` are sums over the tokens that carry the anchor.
+    """
+    return weighted_loss(
+        logprob_BxT,
+        branch_logprob_BxRxC,
+        anchor_kl_BxT,
+        weight_BxT=tree.weight_BxT,
+        branch_weight_BxRxC=tree.branch_weight_BxRxC,
+        anchor_weight_BxT=tree.anchor_weight_BxT,
+    )
+
+
+def weighted_loss(
+    logprob_BxT: Array,
+    branch_logprob_BxRxC: Array,
+    anchor_kl_BxT: Array,
+    *,
+    weight_BxT: Array,
+    branch_weight_BxRxC: Array,
+    anchor_weight_BxT: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """`tree_loss` on bare weights."""
+    trunk = -_weighted_sum(weight_BxT, logprob_BxT)
+    branch = -_weighted_sum(branch_weight_BxRxC, branch_logprob_BxRxC)
+    anchor = _weighted_sum(anchor_weight_BxT, anchor_kl_BxT)
+    loss = trunk + branch + anchor
+    is_anchored = jnp.asarray(anchor_weight_BxT) != 0
+    return loss, {
+        "loss/total": loss,
+        "loss/trunk": trunk,
+        "loss/branch": branch,
+        "loss/anchor": anchor,
+        "anchor/kl_sum": _weighted_sum(is_anchored.astype(jnp.float32), anchor_kl_BxT),
+        "anchor/tokens": jnp.sum(is_anchored, dtype=jnp.float32),
+    }
+
+
+def _weighted_sum(weight: Array, value: Array) -> Array:
+    """Σ weight · value over weights other than 0; a NaN or inf under weight 0 reaches neither sum nor gradient."""
+    if weight.shape != value.shape:
+        raise ValueError(f"weights and values must have one shape, got {weight.shape} and {value.shape}.")
+    # masked before the product: 0 · inf is NaN, also in the backward pass of the product
+    return jnp.sum(weight * jnp.where(weight != 0, value, 0.0), dtype=jnp.float32)
+
+
+def omniopd_loss(
+    logprob_BxT: Array,
+    anchor_kl_BxT: Array,
+    response_mask_BxT: Array,
+    anchors: Anchors,
+    target_BxM: Array,
+    *,
+    chunk_tokens: int,
+    anchor_weight: float,
+    normalise: str = "token",
+    anchor_tokens: str = "unaudited",
+) -> tuple[Array, dict[str, Array]]:
+    """The paper's loss: L = − Σ_chunks π̂ Σ_{t in chunk} log π_θ(y_t) + β Σ_{t unaudited} KL(π_ref ‖ π_θ)_t.
+
+    Over the denominator: the batch's response tokens (normalise="token"), or its responses ("sequence": summed over a
+    response's tokens, averaged over responses). π̂ is a constant for the gradient. Read the trap in `arms.verify`: no
+    baseline, so every constant part of π̂ is variance.
+
+    Args:
+      logprob_BxT, anchor_kl_BxT: float32, nats.
+      response_mask_BxT: bool; padding has exactly no influence.
+      anchors: every valid chunk counts as audited.
+      target_BxM: π̂.
+      chunk_tokens: C.
+      anchor_weight: β.
+      normalise: "token" | "sequence".
+      anchor_tokens: "unaudited" (paper) | "all": which response tokens carry the anchor.
+
+    Returns:
+      (loss, metrics) as `tree_loss`.
+    """
+    denominator = batch_denominator(response_mask_BxT, normalise=normalise)
+    no_branches = jnp.zeros((logprob_BxT.shape[0], 0, chunk_tokens), jnp.float32)
+    return weighted_loss(
+        logprob_BxT,
+        no_branches,
+        anchor_kl_BxT,
+        weight_BxT=chunk_weights(
+            response_mask_BxT,
+            anchors,
+            target_BxM,
+            anchors.is_valid_BxM,
+            chunk_tokens=chunk_tokens,
+            denominator=denominator,
+        ),
+        branch_weight_BxRxC=no_branches,
+        anchor_weight_BxT=anchor_weights(
+            response_mask_BxT,
+            anchors,
+            anchors.is_valid_BxM,
+            chunk_tokens=chunk_tokens,
+            anchor_weight=anchor_weight,
+            anchor_tokens=anchor_tokens,
+            denominator=denominator,
+        ),
+    )
