@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omniopd_jax.types import InputError
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError):
     """A config that cannot run; the message says which field and what would be right."""
 
 

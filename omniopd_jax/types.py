@@ -24,6 +24,12 @@ Array = Any  # jax.Array or np.ndarray; the border between the two is train/batc
 PyTree = Any
 
 
+class InputError(ValueError):
+    """Something that the user gave does not fit. The message is one sentence: what, where, what would be right."""
+
+    exit_code = 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One turn of a chat."""

@@ -1,8 +1,8 @@
 """Is a worked answer right? Extraction of the final answer and mathematical equality.
 
 The last ``\\boxed{...}`` wins; without one the last ``#### ...`` line (GSM8K), then the last ``Answer: ...``. Plain
-are compared here; everything else (fractions, sets, intervals, units, expressions) by the package math-verify (extra
-``eval``), in a worker process of its own because it can hang and because it works on a main thread only.
+numbers are compared here; everything else (fractions, sets, intervals, units, expressions) by the package math-verify
+(extra ``eval``), in a worker process of its own because it can hang and because it works on a main thread only.
 """
 
 from __future__ import annotations

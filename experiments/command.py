@@ -1,0 +1,68 @@
+"""What every main shares: flags that fail in one sentence, and exit codes.
+
+    0 done · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 130 Ctrl-C · 143 SIGTERM
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """The --config flag: a file of configs/, its knobs overridden by --config.section.knob=value."""
+    return config_flags.DEFINE_config_file("config", default, "Config file, e.g. configs/gsm8k.py.", lock_config=True)
+
+
+def load_config(name: str, **overrides: object) -> ConfigDict:
+    """A config file's ConfigDict without flags, for mains that run several. `overrides`: {"section.knob": value}."""
+    import importlib
+
+    stem, _, argument = name.partition(":")
+    module = importlib.import_module(f"configs.{stem}")
+    config = module.get_config(argument) if argument else module.get_config()
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def workdir(value: str | None, default: str) -> Path:
+    """The work directory as an absolute path; not created here."""
+    return Path(os.path.expanduser(value or default)).absolute()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a main. Errors that carry an exit code end the process with it and one sentence, without a traceback."""
+    # XLA and TensorFlow banners are noise to a reader of training logs.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+        main()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
+        # ml_collections raises these while it reads the config file or meets an unknown --config.key.
+        message = str(error).strip("'\"").replace("\\'", "'").replace("\n", " ")
+        print(f"FATAL Flags parsing error: --config: {message}", file=sys.stderr)
+        sys.exit(2)

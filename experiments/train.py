@@ -1,0 +1,32 @@
+"""Distils a student.
+
+    python -m experiments.train --config=configs/gsm8k.py --workdir=runs/gsm8k \\
+        --config.student.path=STUDENT --config.teacher.path=TEACHER --config.data.train=train.jsonl
+
+Running the same command again resumes the run.
+"""
+
+from absl import flags
+
+from experiments import command
+from omniopd_jax import config as config_lib
+
+_CONFIG = command.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; running again with the same one resumes it.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    # Bad flags must fail before jax is imported: that alone takes seconds.
+    config = config_lib.from_mapping(_CONFIG.value)
+    from omniopd_jax import report
+    from omniopd_jax.train import loop
+
+    workdir = command.workdir(_WORKDIR.value, "")
+    result = loop.run(config, workdir)
+    print(result)
+    print(f"report   {report.write_report(workdir)}")
+
+
+if __name__ == "__main__":
+    command.run(main)
