@@ -13,10 +13,21 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from omniopd_jax.config import Config, from_mapping
+from omniopd_jax.types import InputError
+
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """The --config flag: a file of configs/, its knobs overridden by --config.section.knob=value."""
     return config_flags.DEFINE_config_file("config", default, "Config file, e.g. configs/gsm8k.py.", lock_config=True)
+
+
+def read_config(holder: flags.FlagHolder) -> Config:
+    """The frozen, validated config behind --config."""
+    try:
+        return from_mapping(holder.value)
+    except OSError as error:  # ml_collections reports an absent file on first use
+        raise InputError("--config: " + " ".join(str(error.__cause__ or error).split())) from error
 
 
 def load_config(name: str, **overrides: object) -> ConfigDict:
@@ -63,6 +74,6 @@ def _parse(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
         # ml_collections raises these while it reads the config file or meets an unknown --config.key.
-        message = str(error).strip("'\"").replace("\\'", "'").replace("\n", " ")
+        message = str(error).strip("'\"").replace("\\'", "'").replace("\\n", "; ")
         print(f"FATAL Flags parsing error: --config: {message}", file=sys.stderr)
         sys.exit(2)

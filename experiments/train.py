@@ -9,7 +9,6 @@ Running the same command again resumes the run.
 from absl import flags
 
 from experiments import command
-from omniopd_jax import config as config_lib
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; running again with the same one resumes it.")
@@ -17,8 +16,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    # Bad flags must fail before jax is imported: that alone takes seconds.
-    config = config_lib.from_mapping(_CONFIG.value)
+    config = command.read_config(_CONFIG)
     from omniopd_jax import report
     from omniopd_jax.train import loop
 
