@@ -32,7 +32,7 @@ endif
 	touch $@
 
 quickstart: $(VENV)/core
-	$(BIN)/python -m experiments.quickstart --seed=$(SEED) --workdir=runs/quickstart
+	$(BIN)/python -m experiments.quickstart --seed=$(SEED) --workdir=runs/quickstart $(QUICKSTART_FLAGS)
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not browser'
