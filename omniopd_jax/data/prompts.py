@@ -1,8 +1,8 @@
 """Prompts from files, and the order in which a run meets them.
 
 Rows may have the columns of TRL (``prompt`` as text or as chat messages, ``messages``), of verl (``prompt`` as
-messages, ``reward_model.ground_truth``) or of plain question sets such as GSM8K (``question``, ``answer``). The order is a
-function of the seed and the step alone, so a resumed run needs no saved position.
+messages, ``reward_model.ground_truth``) or of plain question sets such as GSM8K (``question``, ``answer``). The order
+is a function of the seed and the step alone, so a resumed run needs no saved position.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from omniopd_jax.data.tokenizer import Tokenizer
-from omniopd_jax.types import Message, Prompt, PromptBatch
+from omniopd_jax.types import InputError, Message, Prompt, PromptBatch
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "messages")  # what "auto" looks for, in this order
 ANSWER_FIELDS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 ID_FIELDS = ("id", "task_id", "unique_id")
 
 
-class PromptError(ValueError):
+class PromptError(InputError):
     """A prompt file that cannot be used; the message names the file, the line and what would be right."""
 
 
@@ -42,7 +42,8 @@ def read_prompts(
       prompt_field: column of the prompt (a text or a list of chat messages); a dotted name reaches into a row.
         "auto": the first of PROMPT_FIELDS that a row has.
       answer_field: column of the reference answer, "" or absent in a row: no answer. "auto": the first of
-        ANSWER_FIELDS. In a conversation that ends with the assistant's turn, that turn is the answer unless a column gives one.
+        ANSWER_FIELDS. In a conversation that ends with the assistant's turn, that turn is the answer unless a column
+        gives one.
       system_prompt: put before conversations that have no system turn of their own.
       is_raw: the prompt is the exact text that the model continues; no chat template is applied.
 
@@ -76,7 +77,12 @@ def bucket_width(length: int, smallest: int = 16) -> int:
 
 
 def pad_prompts(
-    prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], sample_index: Sequence[int], *, width: int, pad_id: int
+    prompts: Sequence[Prompt],
+    tokens: Sequence[Sequence[int] | np.ndarray],
+    sample_index: Sequence[int],
+    *,
+    width: int,
+    pad_id: int,
 ) -> PromptBatch:
     """Left-pads tokenised prompts to `width` (host arrays).
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniopd_jax.types import Prompt
+from omniopd_jax.types import InputError, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ _LEAD = "\n"  # a text that may stand before any other
 _CONTEXT = 8  # tokens of context that decide how a span's first token is decoded
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A tokenizer that cannot be used as asked; the message names the folder and what would be right."""
 
 
@@ -48,7 +48,8 @@ class Tokenizer:
         self._backend = hf.backend_tokenizer
         self._backend.no_truncation()  # what is too long is counted and named, never cut
         self._backend.no_padding()
-        own = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
+        eos: Any = hf.eos_token_id
+        own = () if eos is None else (int(eos),)
         self.stop_tokens: tuple[int, ...] = tuple(sorted({*map(int, stop_tokens), *own}))
         if not self.stop_tokens:
             raise TokenizerError(
@@ -70,7 +71,7 @@ class Tokenizer:
     @cached_property
     def pad_id(self) -> int:
         """The id written where there is nothing; always masked, so any token may lend its id."""
-        pad = self.hf.pad_token_id
+        pad: Any = self.hf.pad_token_id
         if pad is not None:
             return int(pad)
         return min(self.special_tokens - set(self.stop_tokens), default=self.stop_tokens[0])
