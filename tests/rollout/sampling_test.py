@@ -1,5 +1,7 @@
 """The draw: proportional, truncated as asked, safe at the edges of float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,10 +129,24 @@ def test_logits_that_are_no_numbers_show_and_stay_inside_the_vocabulary():
     assert jnp.isnan(drawn.logprob_AxQ).all()
 
 
-def test_softcap_bounds_the_logits():
-    hidden, unembed = jnp.asarray([[3.0, -4.0]]), jnp.asarray([[20.0, 0.1], [0.0, -0.2]])
-    expected = 30.0 * np.tanh(np.asarray([[60.0, 1.1]]) / 30.0)
-    np.testing.assert_allclose(sampling.logits(hidden, unembed, logit_softcap=30.0), expected, rtol=1e-6)
+def test_blocks_of_rows_and_the_softcap_change_nothing_but_memory_and_logits():
+    generator = np.random.default_rng(4)
+    hidden, unembed = generator.normal(size=(7, 8)), generator.normal(size=(8, 50))
+    uniform = generator.random((7, 3)).astype(np.float32)
+    hidden, unembed = hidden.astype(np.float32), 4 * unembed.astype(np.float32)
+    capped = 5.0 * np.tanh((hidden @ unembed) / 5.0)
+    expected = _draw(capped, uniform, SamplingRule())
+    assert expected.entropy_A.mean() > 1.1 * _draw(hidden @ unembed, uniform, SamplingRule()).entropy_A.mean()
+    for block_logits in (2**26, 3 * 50):  # one block; 7 rows as 3 + 3 + 1
+        blocked = jax.jit(
+            functools.partial(
+                sampling.draw_from_hidden, rule=SamplingRule(), logit_softcap=5.0, block_logits=block_logits
+            )
+        )
+        drawn = blocked(hidden, uniform, unembed_DxV=unembed)
+        np.testing.assert_array_equal(drawn.token_AxQ, expected.token_AxQ)
+        np.testing.assert_allclose(drawn.logprob_AxQ, expected.logprob_AxQ, atol=1e-5)
+        np.testing.assert_allclose(drawn.entropy_A, expected.entropy_A, atol=1e-5)
 
 
 def test_a_draw_depends_on_its_own_key_and_step_alone():

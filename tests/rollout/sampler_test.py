@@ -1,0 +1,202 @@
+"""Laws of the rollout: what is drawn, what is returned, and what must not matter."""
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from omniopd_jax import prng
+from omniopd_jax.models import decoder
+from omniopd_jax.rollout import sampling
+from omniopd_jax.rollout.sampler import sample
+from tests.rollout.conftest import VOCAB
+
+P, T = 7, 12
+STOP, BANNED = (5, 9), (0, 1)
+PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 3, 5, 8], [11], [20, 21, 22, 23], []]
+
+
+def _pack(prompts, width=P):
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
+
+
+def _keys(indices, seed=0):
+    return prng.row_keys(prng.named_key(seed, 0, "rollout"), np.asarray(indices, np.int32))
+
+
+def _responses(rollout):
+    return [np.asarray(tokens)[np.asarray(mask)].tolist() for tokens, mask in zip(rollout.tokens_BxT, rollout.mask_BxT)]
+
+
+def _sample(model, prompts=PROMPTS, indices=None, *, seed=0, width=P, **options):
+    options = dict(max_new_tokens=T, stop_tokens=STOP, banned_tokens=BANNED) | options
+    keys = _keys(range(len(prompts)) if indices is None else indices, seed)
+    return sample(model, *_pack(prompts, width), keys, **options)
+
+
+@pytest.fixture(scope="module")
+def forward():
+    return jax.jit(decoder.logits)
+
+
+@pytest.fixture(scope="module")
+def rollout(model):
+    return _sample(model)
+
+
+def _log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("which", ["model", "windowed_model"])
+def test_log_probability_and_entropy_are_those_of_a_full_forward_pass(which, forward, request):
+    model = request.getfixturevalue(which)
+    rollout = _sample(model)
+    logits = forward(model, *rollout.sequence())[:, P - 1 : -1]
+    logprob = _log_softmax(logits)
+    mask = np.asarray(rollout.mask_BxT)
+    expected = np.take_along_axis(logprob, np.asarray(rollout.tokens_BxT)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.asarray(rollout.logprob_BxT)[mask], expected[mask], atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(rollout.entropy_BxT)[mask], -(np.exp(logprob) * logprob).sum(-1)[mask], atol=1e-4
+    )
+    assert mask.sum() > 2 * T and rollout.entropy_BxT[mask].mean() > 0.3, "too little was drawn to compare"
+    for padding in (rollout.tokens_BxT, rollout.logprob_BxT, rollout.entropy_BxT):
+        np.testing.assert_array_equal(np.asarray(padding)[~mask], 0)
+
+
+def test_each_token_is_the_draw_of_its_own_key_and_step(model, rollout, forward):
+    """The whole sampler against its definition: one full forward pass, one uniform a step."""
+    logits = np.asarray(forward(model, *rollout.sequence())[:, P - 1 : -1], np.float64)
+    logits[..., list(BANNED)] = -np.inf
+    cumulative = np.exp(_log_softmax(logits)).cumsum(-1)
+    keys = _keys(range(len(PROMPTS)))
+    for row, response in enumerate(_responses(rollout)):
+        for step, token in enumerate(response):
+            uniform = float(jax.random.uniform(jax.random.fold_in(keys[row], step)))
+            assert token == np.searchsorted(cumulative[row, step], uniform, side="right")
+
+
+def test_a_response_ends_with_its_first_stop_token(model):
+    rollout = _sample(model, [[token, token + 1] for token in range(10, 42)])
+    ended = 0
+    for row, response in enumerate(_responses(rollout)):
+        stops = [step for step, token in enumerate(response) if token in STOP]
+        is_stopped = bool(stops)
+        assert bool(rollout.is_finished_B[row]) == is_stopped
+        assert len(response) == (stops[0] + 1 if is_stopped else T)
+        np.testing.assert_array_equal(rollout.mask_BxT[row], np.arange(T) < len(response))
+        ended += is_stopped
+    assert 2 < ended < 30, "the case should hold both kinds"
+
+
+def test_neighbours_place_and_padding_do_not_matter(model, rollout):
+    expected = _responses(rollout)
+    order = [4, 2, 0, 3, 1]
+    permuted = _sample(model, [PROMPTS[row] for row in order], order)
+    assert _responses(permuted) == [expected[row] for row in order]
+    np.testing.assert_allclose(permuted.logprob_BxT, rollout.logprob_BxT[np.asarray(order)], atol=1e-5)
+
+    company = [[30, 31, 32], PROMPTS[3], [40], PROMPTS[0]]
+    elsewhere = _responses(_sample(model, company, [7, 3, 8, 0], width=P + 4))
+    assert [elsewhere[1], elsewhere[3]] == [expected[3], expected[0]]
+
+
+def test_seeds_reproduce_and_differ(model, rollout):
+    again, other = _sample(model), _sample(model, seed=1)
+    np.testing.assert_array_equal(again.tokens_BxT, rollout.tokens_BxT)
+    np.testing.assert_array_equal(again.logprob_BxT, rollout.logprob_BxT)
+    assert _responses(other) != _responses(rollout)
+
+
+def test_a_shorter_limit_gives_the_same_beginnings(model, rollout):
+    short = _sample(model, max_new_tokens=1)
+    assert _responses(short) == [response[:1] for response in _responses(rollout)]
+    for row, response in enumerate(_responses(short)):
+        assert bool(short.is_finished_B[row]) == bool(response and response[0] in STOP)
+
+
+def test_empty_prompts_give_empty_responses_and_do_no_harm(model, rollout):
+    assert _responses(rollout)[4] == [] and not rollout.is_finished_B[4]
+    assert np.isfinite(rollout.logprob_BxT).all() and np.isfinite(rollout.entropy_BxT).all()
+    assert all(_responses(rollout)[:4])
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_pass(model, forward):
+    rollout = _sample(model, temperature=0.0)
+    logits = np.asarray(forward(model, *rollout.sequence())[:, P - 1 : -1]).copy()
+    logits[..., list(BANNED)] = -np.inf
+    mask = np.asarray(rollout.mask_BxT)
+    np.testing.assert_array_equal(np.asarray(rollout.tokens_BxT)[mask], logits.argmax(-1)[mask])
+    assert _responses(rollout) == _responses(_sample(model, temperature=0.0, seed=1))
+
+
+def test_banned_tokens_never_come_and_drawn_ones_follow_the_model(model, forward):
+    count = 4000
+    tokens, mask = _pack([PROMPTS[0]] * count)
+    rollout = sample(model, tokens, mask, _keys(range(count)), max_new_tokens=1, banned_tokens=BANNED)
+    logits = np.asarray(forward(model, tokens[:5], mask[:5])[0, -1], np.float64)
+    assert np.exp(_log_softmax(logits))[list(BANNED)].sum() > 1e-3, "the ban should have something to do"
+    logits[list(BANNED)] = -np.inf
+    expected = np.exp(_log_softmax(logits)) * count
+    frequency = np.bincount(np.asarray(rollout.tokens_BxT[:, 0]), minlength=VOCAB)
+    assert frequency[list(BANNED)].sum() == 0
+    rare = expected < 5
+    frequency = np.append(frequency[~rare], frequency[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    assert stats.chisquare(frequency, expected).pvalue > 1e-3
+
+
+def test_the_loop_ends_when_every_row_has_stopped(model, monkeypatch):
+    """Every token stops: nothing is decoded, though the limit is far away."""
+    reads = []
+    uniforms = sampling.uniforms
+
+    def counted(keys, step):
+        jax.debug.callback(lambda _: reads.append(1), step[0])
+        return uniforms(keys, step)
+
+    monkeypatch.setattr(sampling, "uniforms", counted)
+    everything = tuple(range(2, VOCAB))
+    rollout = _sample(model, stop_tokens=everything, max_new_tokens=T + 1)
+    jax.block_until_ready(rollout)
+    jax.effects_barrier()
+    assert len(reads) == 1
+    assert [len(response) for response in _responses(rollout)] == [1, 1, 1, 1, 0]
+    np.testing.assert_array_equal(rollout.is_finished_B, [True] * 4 + [False])
+
+
+def test_new_parameters_prompts_and_keys_compile_nothing(model, rollout):
+    del rollout  # compiled by now
+    changed = model.replace(params=jax.tree.map(lambda leaf: leaf * 1.01, model.params))
+    prompts = _pack([[8, 9]] * len(PROMPTS))
+    keys = _keys(range(10, 10 + len(PROMPTS)), seed=5)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    sample(changed, *prompts, keys, max_new_tokens=T, stop_tokens=STOP, banned_tokens=BANNED)
+    assert compiled == []
+    sample(changed, *prompts, keys, max_new_tokens=T, stop_tokens=STOP, banned_tokens=BANNED, temperature=0.5)
+    assert compiled, "a new temperature is a new program; if not, this test counts nothing"
+
+
+def test_inputs_that_do_not_fit_are_refused_in_one_sentence(model):
+    tokens, mask = _pack(PROMPTS)
+    with pytest.raises(ValueError, match="5 prompts need as many keys"):
+        sample(model, tokens, mask, _keys(range(4)), max_new_tokens=3)
+    with pytest.raises(ValueError, match="P >= 1"):
+        sample(model, tokens[:, :0], mask[:, :0], _keys(range(5)), max_new_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        sample(model, tokens, mask, _keys(range(5)), max_new_tokens=0)
+    with pytest.raises(ValueError, match="top_p"):
+        sample(model, tokens, mask, _keys(range(5)), max_new_tokens=3, top_p=1.5)
