@@ -100,11 +100,13 @@ def _anchored_forward(
     def block(_, ref_hidden_nxD, hidden_nxD, targets_n):
         ref_logits = block_logits(ref_hidden_nxD, ref_operand, softcap)
         logits = block_logits(hidden_nxD, operand, softcap)
-        ref_normaliser, normaliser = log_normaliser(ref_logits), log_normaliser(logits)
-        ref_logprobs, logprobs = ref_logits - ref_normaliser, logits - normaliser
+        ref_peak, ref_log_total = log_normaliser(ref_logits)
+        peak, log_total = log_normaliser(logits)
+        ref_logprobs, logprobs = ref_logits - ref_peak - ref_log_total, logits - peak - log_total
         ref_probability = jnp.exp(ref_logprobs)
         kl = jnp.sum(jnp.where(ref_probability > 0, ref_probability * (ref_logprobs - logprobs), 0.0), axis=-1)
-        return None, (target_logit(logprobs, targets_n), kl, ref_normaliser[:, 0], normaliser[:, 0])
+        logprob = target_logit(logits, targets_n) - peak - log_total
+        return None, (logprob[:, 0], kl, (ref_peak + ref_log_total)[:, 0], (peak + log_total)[:, 0])
 
     _, (logprob, kl, ref_normaliser, normaliser) = scan_blocks(
         block, None, (ref_hidden, hidden, targets), block_tokens=block_tokens

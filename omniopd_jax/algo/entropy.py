@@ -45,7 +45,7 @@ def entropy_and_logprob(
       ValueError: shapes that do not belong together.
     """
     check_shapes(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens)
-    return _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap)
+    return _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap, True)
 
 
 def token_logprob(
@@ -58,17 +58,21 @@ def token_logprob(
 ) -> Array:
     """`entropy_and_logprob` without the entropy: what an update needs. Returns logprob_BxT, float32, nats."""
     check_shapes(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens)
-    return _logprob(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap)
+    return _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap, False)[1]
 
 
-def log_normaliser(logits_nxV: Array) -> Array:
-    """log Σ exp of each row, float32 [n, 1]."""
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def log_normaliser(logits_nxV: Array) -> tuple[Array, Array]:
+    """(peak, log_total), each [n, 1]: log Σ exp = peak + log_total. Kept apart, large logits lose no digits."""
     peak = jnp.max(logits_nxV, axis=-1, keepdims=True)
-    return peak + jnp.log(jnp.sum(jnp.exp(logits_nxV - peak), axis=-1, keepdims=True))
+    return peak, jnp.log(jnp.sum(jnp.exp(logits_nxV - peak), axis=-1, keepdims=True))
 
 
 def target_logit(logits_nxV: Array, targets_n: Array) -> Array:
-    return jnp.take_along_axis(logits_nxV, targets_n[:, None], axis=-1)[:, 0]
+    """The logit of each row's target, [n, 1]."""
+    return jnp.take_along_axis(logits_nxV, targets_n[:, None], axis=-1)
 
 
 def logprob_gradient(probability_nxV: Array, targets_n: Array) -> Array:
@@ -77,30 +81,35 @@ def logprob_gradient(probability_nxV: Array, targets_n: Array) -> Array:
     return (vocabulary == targets_n[:, None]) - probability_nxV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _score(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
-    return _score_forward(hidden, unembed, targets, block_tokens, softcap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _score(
+    hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None, with_entropy: bool
+) -> Any:
+    return _score_forward(hidden, unembed, targets, block_tokens, softcap, with_entropy)[0]
 
 
-def _score_forward(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
+def _score_forward(
+    hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None, with_entropy: bool
+) -> Any:
     operand = unembed.astype(hidden.dtype)
 
     def block(_, hidden_nxD, targets_n):
         logits = block_logits(hidden_nxD, operand, softcap)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
-        shifted = logits - peak
-        mass = jnp.exp(shifted)
-        total = jnp.sum(mass, axis=-1)
-        # p log p → 0 as p → 0: a −inf logit must not meet its own 0 in a product
-        entropy = jnp.log(total) - jnp.sum(jnp.where(mass > 0, mass * shifted, 0.0), axis=-1) / total
-        normaliser = peak[:, 0] + jnp.log(total)
-        return None, (entropy, target_logit(logits, targets_n) - normaliser, normaliser)
+        peak, log_total = log_normaliser(logits)
+        logprob = target_logit(logits, targets_n) - peak - log_total
+        entropy = jnp.zeros_like(logprob[:, 0])
+        if with_entropy:
+            # grouped so that no array of [n, V] is shared with the sum above and stored for it
+            logprobs = logits - (peak + log_total)
+            # p log p → 0 as p → 0: −inf is made finite before it meets its own 0 in a product
+            entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, _LOWEST), axis=-1)
+        return None, (entropy, logprob[:, 0], (peak + log_total)[:, 0])
 
     _, (entropy, logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
     return (entropy, logprob), (hidden, unembed, targets, entropy, normaliser)
 
 
-def _score_backward(block_tokens: int, softcap: float | None, saved: Any, gradients: Any) -> Any:
+def _score_backward(block_tokens: int, softcap: float | None, with_entropy: bool, saved: Any, gradients: Any) -> Any:
     hidden, unembed, targets, entropy, normaliser = saved
     operand = unembed.astype(hidden.dtype)
     finite = without_neginf(operand)
@@ -109,9 +118,11 @@ def _score_backward(block_tokens: int, softcap: float | None, saved: Any, gradie
         logits = block_logits(hidden_nxD, operand, softcap)
         logprobs = logits - normaliser_n[:, None]
         probability = jnp.exp(logprobs)
-        # dH / d logits = − p (log p + H)
-        surprise = jnp.where(probability > 0, probability * (logprobs + entropy_n[:, None]), 0.0)
-        gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n) - d_entropy_n[:, None] * surprise
+        gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n)
+        if with_entropy:
+            # dH / d logits = − p (log p + H)
+            surprise = jnp.where(probability > 0, probability * (logprobs + entropy_n[:, None]), 0.0)
+            gradient -= d_entropy_n[:, None] * surprise
         d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
         return unembed_gradient + d_unembed, d_hidden
 
@@ -125,44 +136,3 @@ def _score_backward(block_tokens: int, softcap: float | None, saved: Any, gradie
 
 
 _score.defvjp(_score_forward, _score_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _logprob(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
-    return _logprob_forward(hidden, unembed, targets, block_tokens, softcap)[0]
-
-
-def _logprob_forward(hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None) -> Any:
-    operand = unembed.astype(hidden.dtype)
-
-    def block(_, hidden_nxD, targets_n):
-        logits = block_logits(hidden_nxD, operand, softcap)
-        normaliser = log_normaliser(logits)[:, 0]
-        return None, (target_logit(logits, targets_n) - normaliser, normaliser)
-
-    _, (logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
-    return logprob, (hidden, unembed, targets, normaliser)
-
-
-def _logprob_backward(block_tokens: int, softcap: float | None, saved: Any, d_logprob: Array) -> Any:
-    hidden, unembed, targets, normaliser = saved
-    operand = unembed.astype(hidden.dtype)
-    finite = without_neginf(operand)
-
-    def block(unembed_gradient, hidden_nxD, targets_n, normaliser_n, d_logprob_n):
-        logits = block_logits(hidden_nxD, operand, softcap)
-        probability = jnp.exp(logits - normaliser_n[:, None])
-        gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n)
-        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
-        return unembed_gradient + d_unembed, d_hidden
-
-    unembed_gradient, hidden_gradient = scan_blocks(
-        block,
-        jnp.zeros(unembed.shape, jnp.float32),
-        (hidden, targets, normaliser, d_logprob),
-        block_tokens=block_tokens,
-    )
-    return hidden_gradient, unembed_gradient.astype(unembed.dtype), None
-
-
-_logprob.defvjp(_logprob_forward, _logprob_backward)
