@@ -1,0 +1,42 @@
+"""One decoder for every common family, its files in HF layout, and its adapters."""
+
+from omniopd_jax.models.decoder import (
+    Model,
+    decode,
+    decode_branches,
+    init_model,
+    logits,
+    open_branches,
+    read,
+    read_tree,
+    unembedding,
+)
+from omniopd_jax.models.families import DecoderConfig, ModelError, decoder_config, read_config
+from omniopd_jax.models.hf_weights import load_model, save_model
+from omniopd_jax.models.kv_cache import BranchCache, KVCache
+from omniopd_jax.models.lora import add_adapters, merge, save_adapters
+from omniopd_jax.models.parameters import logical_axes
+
+__all__ = [
+    "BranchCache",
+    "DecoderConfig",
+    "KVCache",
+    "Model",
+    "ModelError",
+    "add_adapters",
+    "decode",
+    "decode_branches",
+    "decoder_config",
+    "init_model",
+    "load_model",
+    "logical_axes",
+    "logits",
+    "merge",
+    "open_branches",
+    "read",
+    "read_config",
+    "read_tree",
+    "save_adapters",
+    "save_model",
+    "unembedding",
+]
