@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 max_dollars=0.0,  # caps of the whole run; 0: no cap
                 max_calls=0,
                 max_tokens=0,
-                script="echo",  # scripted: "echo" (always agrees) | "noise" (never) | "missing" (never answers)
+                script="noise",  # scripted: "noise" (never agrees) | "missing" (never answers) | file of answers
             ),
             data=dict(
                 train="",  # jsonl or parquet of prompts

@@ -269,7 +269,6 @@ _CHOICES = {
     "lora.export": ("merged", "peft"),
     "teacher.kind": ("local", "openai", "anthropic", "gemini", "scripted"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),
-    "teacher.script": ("echo", "noise", "missing"),
     "audit.positions": ("peak", "entropy_weighted", "random"),
     "objective.arm": ("verify", "branch"),
     "objective.anchor_tokens": ("unaudited", "all"),
@@ -280,6 +279,7 @@ _CHOICES = {
     "eval.task": ("auto", "math", "world"),
     "world.kind": ("", "arithmetic"),
 }
+_SIMILARITY = re.compile(r"(edit|edit_words|exact|rouge1|rouge_l|embedding)(\^(?=.*[1-9])\d*\.?\d+)?")
 _POSITIVE = (
     "teacher.max_concurrency",
     "teacher.request_timeout_s",
@@ -355,6 +355,11 @@ def validate(config: Config) -> None:
         )
     if config.objective.arm == "branch" and config.objective.num_branches < 2:
         raise ConfigError("config.objective.num_branches must be at least 2: a branch is compared with the others.")
+    if not _SIMILARITY.fullmatch(audit.similarity):
+        raise ConfigError(
+            f"config.audit.similarity={audit.similarity!r} must be {_SIMILARITY.pattern.split(')')[0].strip('(')}, "
+            "with ^p for a power p > 0."
+        )
     try:
         re.compile(config.lora.targets)
     except re.error as error:
