@@ -62,14 +62,21 @@ def block_logits(hidden_nxD: Array, unembed_DxV: Array, logit_softcap: float | N
 
 
 def pull_back(
-    logits_gradient: Array, logits: Array, hidden_nxD: Array, unembed_DxV: Array, logit_softcap: float | None
+    logits_gradient: Array,
+    is_active_n: Array,
+    logits: Array,
+    hidden_nxD: Array,
+    unembed_DxV: Array,
+    logit_softcap: float | None,
 ) -> tuple[Array, Array]:
     """From dL/dlogits of a block to (dL/dhidden [n, D], dL/dunembed [D, V] in float32).
 
-    `unembed_DxV` must be free of −inf (`without_neginf`): 0 · −inf would be NaN.
+    `is_active_n` marks the tokens that the loss depends on. The others pass exactly 0 on, even where their logits are
+    NaN (the zeros that fill a block up, times −inf). `unembed_DxV` must be free of −inf (`without_neginf`).
     """
     if logit_softcap is not None:
         logits_gradient = logits_gradient * (1.0 - jnp.square(logits / logit_softcap))
+    logits_gradient = jnp.where(is_active_n[:, None], logits_gradient, 0.0)
     logits_gradient = logits_gradient.astype(hidden_nxD.dtype)
     hidden_gradient = jnp.matmul(logits_gradient, unembed_DxV.T, preferred_element_type=jnp.float32)
     unembed_gradient = jnp.matmul(hidden_nxD.T, logits_gradient, preferred_element_type=jnp.float32)

@@ -126,7 +126,7 @@ def _anchored_backward(block_tokens: int, softcap: float | None, saved: Any, gra
         probability = jnp.exp(logits - normaliser_n[:, None])
         gradient = d_logprob[:, None] * logprob_gradient(probability, targets_n)
         gradient += d_kl[:, None] * (probability - ref_probability)
-        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
+        d_hidden, d_unembed = pull_back(gradient, (d_logprob != 0) | (d_kl != 0), logits, hidden_nxD, finite, softcap)
         return unembed_gradient + d_unembed, d_hidden
 
     unembed_gradient, hidden_gradient = scan_blocks(

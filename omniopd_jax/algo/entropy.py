@@ -123,7 +123,8 @@ def _score_backward(block_tokens: int, softcap: float | None, with_entropy: bool
             # dH / d logits = − p (log p + H)
             surprise = jnp.where(probability > 0, probability * (logprobs + entropy_n[:, None]), 0.0)
             gradient -= d_entropy_n[:, None] * surprise
-        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, finite, softcap)
+        is_active_n = (d_entropy_n != 0) | (d_logprob_n != 0)
+        d_hidden, d_unembed = pull_back(gradient, is_active_n, logits, hidden_nxD, finite, softcap)
         return unembed_gradient + d_unembed, d_hidden
 
     unembed_gradient, hidden_gradient = scan_blocks(
