@@ -1,0 +1,139 @@
+"""The border between host and device: the only place that fetches arrays and the only one that builds global ones.
+
+It also packs what an update has to compute. Of a tree of weights only what counts goes to the devices: equal branches
+are merged, branches without weight dropped, and the trunk ends where nothing is weighted any more.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from omniopd_jax.train.sharding import batch_sharding
+from omniopd_jax.types import PyTree, TokenTree
+
+# A weight this small beside the largest is what rounding left of an exact 0 (a baseline that equals its reward).
+_DUST = 1e-6
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Every array of a tree as numpy; waits for the devices."""
+    return jax.device_get(tree)
+
+
+def to_devices(tree: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
+    """Global arrays of this process's rows, B (`axis`) split over data × fsdp."""
+    sharding = batch_sharding(mesh, axis=axis)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
+
+
+def micro_batches(tree: TokenTree, count: int) -> TokenTree:
+    """Splits rows into `count` equal parts along a new first axis: [B, …] → [count, B / count, …]. Host arrays."""
+    return jax.tree.map(lambda array: array.reshape(count, array.shape[0] // count, *array.shape[1:]), tree)
+
+
+def bucket(size: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that holds `size`: few shapes, hence few compilations."""
+    width = 1
+    while width < size:
+        width = width * 3 // 2 if width & (width - 1) == 0 and width > 1 else 1 << width.bit_length()
+    return width
+
+
+def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 4) -> TokenTree:
+    """The same loss and gradients from fewer tokens. Host arrays.
+
+    - Equal branches (same response, start and tokens) become one whose weight is their sum.
+    - Branches of weight 0 go.
+    - The branches that are left move together into R' ≤ R slots. A response with more than R' of them continues in the
+      row of one that needs none; its trunk is repeated there without weight. R' is the smallest bucket for which B
+      rows are enough.
+    - The trunk is cut, to a bucket, after the last token that is weighted or that a branch sees.
+
+    Row order means nothing afterwards: a tree is a sum.
+    """
+    row_K, branches = _merged(tree)
+    has_weight_BxT = (tree.weight_BxT != 0) | (tree.anchor_weight_BxT != 0)
+    rows = len(tree.tokens_BxT)
+    count_B = np.bincount(row_K, minlength=rows)
+    width = _branch_slots(count_B, has_weight_BxT.any(axis=1), smallest_branches)
+    source, slots = _layout(count_B, has_weight_BxT.any(axis=1), width)
+
+    end = max(int(np.max(np.flatnonzero(has_weight_BxT.any(axis=0)), initial=-1)) + 1, branches["start"].max(initial=0))
+    end = min(max(bucket(int(end)), smallest_trunk), tree.tokens_BxT.shape[1])
+    first_copy = np.zeros(rows, bool)
+    first_copy[np.unique(source, return_index=True)[1]] = True
+
+    def trunk(array: np.ndarray) -> np.ndarray:
+        return array[source, :end]
+
+    def branch(values: np.ndarray) -> np.ndarray:
+        packed = np.zeros((rows, width, *values.shape[1:]), values.dtype)
+        for row, numbers in enumerate(slots):
+            packed[row, : len(numbers)] = values[numbers]
+        return packed
+
+    return TokenTree(
+        prompt_tokens_BxP=tree.prompt_tokens_BxP[source],
+        prompt_mask_BxP=tree.prompt_mask_BxP[source],
+        tokens_BxT=trunk(tree.tokens_BxT),
+        mask_BxT=trunk(tree.mask_BxT),
+        weight_BxT=np.where(first_copy[:, None], trunk(tree.weight_BxT), np.float32(0)),
+        anchor_weight_BxT=np.where(first_copy[:, None], trunk(tree.anchor_weight_BxT), np.float32(0)),
+        branch_tokens_BxRxC=branch(branches["tokens"]),
+        branch_mask_BxRxC=branch(branches["mask"]),
+        branch_weight_BxRxC=branch(branches["weight"]),
+        branch_start_BxR=branch(branches["start"]),
+    )
+
+
+def _merged(tree: TokenTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(row of each branch that is left, ascending; its tokens, mask, weight and start)."""
+    rows, slots, width = tree.branch_tokens_BxRxC.shape
+    row, slot = np.nonzero((tree.branch_weight_BxRxC != 0).any(axis=2))
+    mask = tree.branch_mask_BxRxC[row, slot]
+    tokens = np.where(mask, tree.branch_tokens_BxRxC[row, slot], 0).astype(np.int32)
+    start = tree.branch_start_BxR[row, slot].astype(np.int32)
+    weight = tree.branch_weight_BxRxC[row, slot]
+    if len(row):
+        key = np.concatenate([row[:, None], start[:, None], mask, tokens], axis=1).astype(np.int32)
+        _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        summed = np.zeros((len(first), width), np.float32)
+        np.add.at(summed, group.reshape(-1), weight)
+        is_kept = np.abs(summed).max(axis=1) > _DUST * np.abs(weight).max()
+        # in the order in which they came
+        order = np.argsort(first[is_kept])
+        first, weight = first[is_kept][order], summed[is_kept][order]
+        row, mask, tokens, start = row[first], mask[first], tokens[first], start[first]
+    return row, {"tokens": tokens, "mask": mask, "weight": weight, "start": start}
+
+
+def _rows_needed(count_B: np.ndarray, has_trunk_B: np.ndarray, width: int) -> np.ndarray:
+    return np.maximum(-(-count_B // max(width, 1)), has_trunk_B)
+
+
+def _branch_slots(count_B: np.ndarray, has_trunk_B: np.ndarray, smallest: int) -> int:
+    most = int(count_B.max(initial=0))
+    if most == 0:
+        return 0
+    width = smallest
+    while _rows_needed(count_B, has_trunk_B, width).sum() > len(count_B):
+        width = bucket(width + 1)
+    return width
+
+
+def _layout(count_B: np.ndarray, has_trunk_B: np.ndarray, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(response whose trunk each of the B packed rows holds, numbers of the branches in it)."""
+    rows = len(count_B)
+    needed_B = _rows_needed(count_B, has_trunk_B, width)
+    offset_B = np.cumsum(count_B) - count_B
+    source: list[int] = []
+    slots: list[np.ndarray] = []
+    for response in range(rows):
+        numbers = np.arange(offset_B[response], offset_B[response] + count_B[response])
+        for piece in range(needed_B[response]):
+            source.append(response)
+            slots.append(numbers[piece * width : (piece + 1) * width])
+    empty = rows - len(source)  # rows left over repeat the first response without weight
+    return np.array(source + [source[0] if source else 0] * empty), slots + [np.arange(0)] * empty

@@ -1,0 +1,268 @@
+"""Checkpoints: what a resumed run needs, written so that there is always an intact one (orbax)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from omniopd_jax.config import Config, to_dict
+from omniopd_jax.train.stops import CheckpointError, WorkdirError
+from omniopd_jax.types import Array, PyTree, TrainState
+
+_LOG = logging.getLogger(__name__)
+
+# What a resumed run may set anew. Everything else decides the numbers and has to stay as it was.
+MAY_CHANGE = (
+    "train.steps",  # with a constant schedule: the others are drawn over it
+    "train.checkpoint_every",
+    "train.checkpoint_keep",
+    "train.audit_log_every",
+    "train.compilation_cache",
+    "eval.",
+    "logging.",
+    "mesh.",
+    "lora.export",
+    "teacher.base_url",
+    "teacher.api_key_env",
+    "teacher.allow_insecure_http",
+    "teacher.max_concurrency",
+    "teacher.requests_per_minute",
+    "teacher.tokens_per_minute",
+    "teacher.request_timeout_s",
+    "teacher.max_attempts",
+    "teacher.step_deadline_s",
+    "teacher.max_missing_fraction",
+    "teacher.max_refusal_fraction",
+    "teacher.cache_path",
+    "teacher.replay_only",
+    "teacher.dry_run",
+    "teacher.prices",
+    "teacher.max_dollars",
+    "teacher.max_calls",
+    "teacher.max_tokens",
+)
+
+
+def differing_fields(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Dotted names of the fields that differ and may not, in alphabetical order."""
+    old, new = _flat(before), _flat(to_dict(config))
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    is_free = config.optimizer.schedule == "constant"
+    return [
+        name
+        for name in differing
+        if not name.startswith(MAY_CHANGE) or (name == "train.steps" and not is_free)
+    ]  # fmt: skip
+
+
+def check_same_config(before: Mapping[str, Any], config: Config, where: Path) -> None:
+    """Raises WorkdirError, naming the fields, where `config` would not continue the run that wrote `before`."""
+    names = differing_fields(before, config)
+    if names:
+        old, new = _flat(before), _flat(to_dict(config))
+        shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:4])
+        more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
+        raise WorkdirError(f"{where} belongs to a run of another config ({shown}{more}); use another work directory.")
+
+
+def fingerprint(tree: PyTree) -> Array:
+    """uint32 sum of every bit pattern of a tree: the same whatever the sharding, other if a stored number is damaged."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+        total += jnp.sum(jax.lax.bitcast_convert_type(leaf, width), dtype=jnp.uint32)
+    return total
+
+
+class Checkpoints:
+    """The checkpoints of one work directory, one folder a step; the newest `keep` stay.
+
+    Saving copies the state to the host and writes it in the background; an error of the disk is raised by the next
+    call. A folder gets its final name only when it is complete.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._fingerprint = jax.jit(fingerprint)
+
+    def steps(self) -> list[int]:
+        """Finished steps of the checkpoints found, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, config: Config, progress: Mapping[str, Any]) -> None:
+        """Starts to write the checkpoint of `state.step`, unless there is one.
+
+        Args:
+          state: what the step changes.
+          config: what it was made under.
+          progress: JSON-ready, what else the run has to remember (teacher tokens spent).
+
+        Raises:
+          CheckpointError: this one or the one before it could not be written; the ones before are intact.
+        """
+        self.wait()
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        meta = {
+            "config": to_dict(config),
+            "progress": dict(progress),
+            "shapes": _shapes(state),
+            "fingerprint": int(self._fingerprint(state)),
+        }
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            )
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is complete."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def restore(self, like: TrainState, config: Config) -> tuple[TrainState, dict[str, Any]] | None:
+        """(state, progress) of the newest intact checkpoint; None where there is none at all.
+
+        Args:
+          like: a state of the shapes, dtypes and shardings wanted.
+          config: the run's config.
+
+        Raises:
+          WorkdirError: the checkpoint is of another config, or of a model or optimizer of other shapes.
+          CheckpointError: there are checkpoints and none can be read.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                described = {name: meta[name] for name in ("config", "shapes", "progress", "fingerprint")}
+            except Exception as error:  # whatever a torn file makes orbax raise
+                self._report_torn(step, error)
+                continue
+            self._check_shapes(described["shapes"], like, step)
+            check_same_config(described["config"], config, self._folder / str(step))
+            try:
+                state = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
+                )["state"]
+                if int(self._fingerprint(state)) != described["fingerprint"]:
+                    raise ValueError("its numbers are not those that were written")
+            except Exception as error:
+                self._report_torn(step, error)
+                continue
+            self._discard_after(step)
+            return state, described["progress"]
+        if steps:
+            raise CheckpointError(f"None of the checkpoints in {self._folder} (steps {steps[::-1]}) can be read.")
+        return None
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and frees the threads."""
+        self.wait()
+        self._manager.close()
+
+    def _discard_after(self, step: int) -> None:
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def _report_torn(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        _LOG.warning("The checkpoint of step %d in %s cannot be read (%s); trying the one before it.",
+                     step, self._folder, reason[:200])  # fmt: skip
+
+    def _write_error(self, error: Exception) -> CheckpointError:
+        chain, cause = [], error
+        while cause is not None:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        is_full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain) or any(
+            "no space left" in str(e).lower() for e in chain
+        )
+        last = max(self._manager.all_steps(), default=None)
+        intact = "no checkpoint was written yet" if last is None else f"the one of step {last} is intact"
+        reason = "the disk is full" if is_full else (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        return CheckpointError(f"A checkpoint could not be written to {self._folder}: {reason}; {intact}.")
+
+    def _check_shapes(self, stored: Mapping[str, str], like: TrainState, step: int) -> None:
+        wanted = _shapes(like)
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise WorkdirError(
+                    f"{self._folder / str(step)} is a checkpoint of another model or optimizer: {name} is "
+                    f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this run."
+                )
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Makes the work directory this config's own, or finds that it is; before any compute.
+
+    Raises:
+      WorkdirError: it cannot be written, or belongs to another config.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(f"The work directory {workdir} cannot be written: {error.strerror or error}.") from error
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WorkdirError(f"{path} is not JSON ({error}); remove it or use another work directory.") from error
+        check_same_config(before, config, workdir)
+    text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+    written = path.with_name("config.json.new")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
+
+
+def check_room(workdir: Path, state: TrainState) -> None:
+    """Raises CheckpointError where the disk has no room for two checkpoints of `state`."""
+    wanted = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if free < wanted:
+        raise CheckpointError(
+            f"{workdir} has {free / 2**20:.0f} MiB free, and two checkpoints of this model take "
+            f"{wanted / 2**20:.0f} MiB; free some space or use another work directory."
+        )
+
+
+def _abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype.name}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

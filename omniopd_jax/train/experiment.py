@@ -1,0 +1,279 @@
+"""What a run is made of, put together and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from omniopd_jax import models, prng
+from omniopd_jax import teacher as teachers
+from omniopd_jax.config import Config, ConfigError
+from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer, read_prompts
+from omniopd_jax.models import Model
+from omniopd_jax.similarity import get_similarity
+from omniopd_jax.teacher.protocol import Teacher, Usage
+from omniopd_jax.teacher.verify import Similarity, VerifySettings
+from omniopd_jax.train import checkpoint, sharding
+from omniopd_jax.train.compilation import set_up_cache
+from omniopd_jax.train.credit import puts_weight_on_trunk
+from omniopd_jax.train.evaluation import Evaluator, make_evaluator
+from omniopd_jax.train.metrics import RunLog
+from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.score import Student, make_student
+from omniopd_jax.train.step import (
+    StepOptions,
+    init_state,
+    make_step,
+    state_shardings,
+    trainable,
+    with_trainable,
+    without_trainable,
+)
+from omniopd_jax.types import Array, Prompt, TokenTree, TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Everything the loop uses. `state` and `spent` are what changes."""
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    stream: PromptStream
+    teacher: Teacher
+    similarity: Similarity
+    verify_settings: VerifySettings
+    frozen: Model  # the student without what is trained
+    student: Student
+    step: Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]
+    evaluator: Evaluator | None
+    checkpoints: checkpoint.Checkpoints
+    log: RunLog
+    state: TrainState
+    spent: Usage  # by the teacher, the run so far
+
+    @property
+    def model(self) -> Model:
+        """The student as it is now."""
+        return with_trainable(self.frozen, self.state.params)
+
+    @property
+    def num_finished(self) -> int:
+        """Finished optimizer steps."""
+        return int(self.state.step)
+
+    def close(self) -> None:
+        self.log.close()
+        self.teacher.close()
+
+
+def prepare(
+    config: Config,
+    workdir: Path,
+    *,
+    student: Model | None = None,
+    tokenizer: Tokenizer | None = None,
+    teacher: Teacher | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    evaluator: Evaluator | None = None,
+) -> Experiment:
+    """Builds an experiment, cheap checks first, and resumes it where `workdir` holds its checkpoint.
+
+    Args:
+      config: the run.
+      workdir: where it lives; made if absent.
+      student: instead of the folder `student.path`; left as it is.
+      tokenizer: instead of that folder's.
+      teacher: instead of the one that `teacher.*` describes; `close` closes it.
+      prompts: instead of the file `data.train`.
+      evaluator: instead of the one that `eval.*` describes.
+
+    Raises:
+      InputError: anything that the user gave does not fit; nothing was computed.
+      TeacherStopped: the teacher does not answer.
+      CheckpointError: no room for checkpoints, or none of those found can be read.
+    """
+    checkpoint.claim_workdir(workdir, config)
+    set_up_cache(config.train.compilation_cache)
+    mesh = sharding.make_mesh(config.mesh)
+    if student is None and not config.student.path:
+        raise ConfigError("config.student.path is empty: it names the folder of the model to be trained.")
+    tokenizer = tokenizer or load_tokenizer(config.student.path)
+    stream = _stream(config, tokenizer, prompts)
+    similarity = _similarity(config)
+    if config.eval.every and evaluator is None:
+        evaluator = make_evaluator(config, tokenizer)
+    if config.rollout.temperature != 1:
+        _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
+
+    student = _load_student(config, mesh) if student is None else _placed(student, mesh)
+    sharding.check_fits(mesh, config, student.config)
+    if config.lora.rank > 0 and student.adapters is None:
+        student = models.add_adapters(
+            student,
+            prng.named_key(config.train.seed, 0, "adapters"),
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+        )
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    shardings = state_shardings(mesh, student, optimizer)
+    # A copy: the state is donated step by step, the student that came in is the reference (or the caller's).
+    params = jax.device_put(trainable(student), shardings.params, may_alias=False)
+    state = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+    checkpoint.check_room(workdir, state)
+
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.checkpoint_keep)
+    found = checkpoints.restore(state, config)
+    spent = Usage()
+    if found is not None:
+        state, progress = found
+        spent = Usage(**progress["spent"])
+
+    if teacher is None:
+        teacher = teachers.make_teacher(config, workdir)
+    try:
+        if int(state.step) < config.train.steps:
+            _LOG.info("%s", teacher.probe())
+        frozen = without_trainable(student)
+        step = make_step(
+            frozen,
+            _reference(config, student),
+            optimizer,
+            learning_rate_schedule(config.optimizer, config.train.steps),
+            mesh,
+            shardings,
+            StepOptions(
+                has_trunk=puts_weight_on_trunk(config),
+                has_anchor=config.objective.anchor_weight > 0,
+                remat=config.train.remat,
+                block_tokens=config.train.block_tokens,
+            ),
+        )
+        return Experiment(
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            stream=stream,
+            teacher=teacher,
+            similarity=similarity,
+            verify_settings=VerifySettings.from_config(config),
+            frozen=frozen,
+            student=make_student(
+                config,
+                mesh,
+                stop_tokens=tokenizer.stop_tokens,
+                banned_tokens=tokenizer.banned_tokens(student.config.vocab_size),
+            ),
+            step=step,
+            evaluator=evaluator,
+            checkpoints=checkpoints,
+            log=RunLog(workdir, after_step=int(state.step), tensorboard=config.logging.tensorboard),
+            state=state,
+            spent=spent,
+        )
+    except BaseException:
+        teacher.close()
+        raise
+
+
+def _stream(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | None) -> PromptStream:
+    data = config.data
+    if prompts is None:
+        if not data.train:
+            raise ConfigError("config.data.train is empty: it names the jsonl or parquet file of prompts.")
+        prompts = read_prompts(
+            data.train,
+            data.prompt_field,
+            data.answer_field,
+            system_prompt=data.system_prompt,
+            is_raw=not data.use_chat_template,
+        )
+    stream = PromptStream(
+        prompts,
+        tokenizer,
+        batch_size=config.rollout.batch_size,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+        seed=config.train.seed,
+        shuffle=data.shuffle,
+        template_args=data.template_args,
+        use_chat_template=data.use_chat_template,
+    )
+    if stream.too_long:
+        shown = ", ".join(f"{name} ({length} tokens)" for name, length in stream.too_long[:5])
+        _LOG.warning(
+            "%d of %d prompts are longer than config.data.max_prompt_tokens=%d and left out: %s%s.",
+            len(stream.too_long), len(prompts), data.max_prompt_tokens, shown,
+            ", …" if len(stream.too_long) > 5 else "",
+        )  # fmt: skip
+    return stream
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of `student.compute_dtype`: "auto" is bfloat16 on accelerators and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _load_student(config: Config, mesh: Mesh) -> Model:
+    decoder = models.read_config(config.student.path)
+    sharding.check_fits(mesh, config, decoder)
+    return models.load_model(
+        config.student.path,
+        dtype=jnp.dtype(config.student.param_dtype),
+        compute_dtype=compute_dtype(config.student.compute_dtype),
+        shardings=sharding.config_shardings(mesh, decoder),
+    )
+
+
+def _placed(student: Model, mesh: Mesh) -> Model:
+    """The same arrays on the mesh."""
+    student = student.replace(params=jax.device_put(student.params, sharding.model_shardings(mesh, student)))
+    if student.adapters is None:
+        return student
+    axes = sharding.trainable_axes(student)
+    return student.replace(
+        adapters=jax.device_put(student.adapters, sharding.axes_shardings(mesh, student.adapters, axes))
+    )
+
+
+def _reference(config: Config, student: Model) -> Model | None:
+    """The frozen initial student; under adapters it is the base, which is there anyway."""
+    if config.objective.anchor_weight == 0:
+        return None
+    base = student.replace(adapters=None)
+    if student.adapters is not None or config.reference.dtype == "same":
+        return base
+    dtype = jnp.dtype(config.reference.dtype)
+    return base.replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), base.params))
+
+
+def _similarity(config: Config) -> Similarity:
+    try:
+        return get_similarity(config.audit.similarity, embedding_model=config.audit.embedding_model)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"config.audit.similarity={config.audit.similarity!r}: {error}") from error
+
+
+def export(experiment: Experiment) -> Path:
+    """Writes the student to WORKDIR/model, as one model or as an adapter folder (`lora.export`)."""
+    config, folder = experiment.config, experiment.workdir / "model"
+    source = config.student.path or None
+    if config.lora.rank > 0 and config.lora.export == "peft":
+        models.save_adapters(folder, experiment.model, base=config.student.path, source=source)
+    else:
+        models.save_model(folder, experiment.model, experiment.tokenizer.hf, source=source)
+    return folder

@@ -1,0 +1,82 @@
+"""What the student does before the teacher is asked: responses, the choice of chunks, and branches off them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from omniopd_jax import prng
+from omniopd_jax.algo.anchors import select_anchors
+from omniopd_jax.config import Config
+from omniopd_jax.models import Model
+from omniopd_jax.rollout.branches import read_trunk, sample_branches
+from omniopd_jax.rollout.sampler import sample
+from omniopd_jax.train.sharding import batch_sharding
+from omniopd_jax.types import Anchors, Array, Branches, Rollout
+
+
+class Student(NamedTuple):
+    """The student's side of a step, each function compiled once a shape. Arrays in and out are on the devices."""
+
+    respond: Callable[[Model, Array, Array, Array, Array], Rollout]  # (model, tokens_BxP, mask_BxP, index_B, step)
+    choose: Callable[[Rollout, Array, Array], Anchors]  # (rollout, index_B, step)
+    branch: Callable[[Model, Rollout, Anchors, Array, Array], Branches]  # (model, rollout, anchors, index_B, step)
+
+
+def make_student(
+    config: Config, mesh: Mesh, *, stop_tokens: tuple[int, ...], banned_tokens: tuple[int, ...]
+) -> Student:
+    """The three functions under `config`.
+
+    Entropy and log-probability come from the decode loop itself; they are those of a full forward pass. Only branches
+    need the response read again, and that once for all of them.
+    """
+    audit, rollout_config, seed = config.audit, config.rollout, config.train.seed
+
+    def keys(purpose: str, step: Array, index_B: Array) -> jax.Array:
+        return prng.row_keys(prng.named_key(seed, step, purpose), index_B)
+
+    def respond(model: Model, tokens_BxP: Array, mask_BxP: Array, index_B: Array, step: Array) -> Rollout:
+        return sample(
+            model,
+            tokens_BxP,
+            mask_BxP,
+            keys("rollout", step, index_B),
+            max_new_tokens=rollout_config.max_new_tokens,
+            stop_tokens=stop_tokens,
+            banned_tokens=banned_tokens,
+            temperature=rollout_config.temperature,
+        )
+
+    def choose(rollout: Rollout, index_B: Array, step: Array) -> Anchors:
+        return select_anchors(
+            rollout.entropy_BxT,
+            rollout.mask_BxT,
+            num_chunks=audit.num_chunks,
+            chunk_tokens=audit.chunk_tokens,
+            max_fraction=audit.max_fraction,
+            positions=audit.positions,
+            keys_B=keys("positions", step, index_B),
+        )
+
+    def branch(model: Model, rollout: Rollout, anchors: Anchors, index_B: Array, step: Array) -> Branches:
+        return sample_branches(
+            model,
+            read_trunk(model, *rollout.sequence()),
+            anchors.start_BxM,
+            anchors.is_valid_BxM,
+            keys("branches", step, index_B),
+            prompt_width=rollout.prompt_tokens_BxP.shape[1],
+            num_branches=config.objective.num_branches,
+            length=audit.chunk_tokens,
+            stop_tokens=stop_tokens,
+            banned_tokens=banned_tokens,
+            temperature=rollout_config.temperature,
+        )
+
+    compiled = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
+    return Student(compiled(respond), compiled(choose), compiled(branch))

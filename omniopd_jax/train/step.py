@@ -1,0 +1,209 @@
+"""The one training step: a pure function, jitted once for each bucket of shapes, its state donated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from omniopd_jax.algo.divergences import anchor_kl, logprob_and_anchor_kl
+from omniopd_jax.algo.entropy import token_logprob
+from omniopd_jax.algo.losses import tree_loss
+from omniopd_jax.models import Model, decoder
+from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, trainable_axes
+from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
+
+# What a step checks, in the order in which a fault would spread; a main names the first.
+TERMS = ("loss/trunk", "loss/branch", "loss/anchor", "optimizer/grad_norm", "optimizer/update_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What is fixed when the step is compiled."""
+
+    has_trunk: bool = True  # some arm puts weight on response tokens; False skips their log-probabilities
+    has_anchor: bool = True  # β > 0; False skips the reference altogether
+    remat: str = "none"
+    block_tokens: int = 512
+
+
+def trainable(model: Model) -> PyTree:
+    """What the optimizer changes: the adapters where there are any, else every parameter."""
+    return model.params if model.adapters is None else model.adapters
+
+
+def without_trainable(model: Model) -> Model:
+    """The model less what the optimizer changes: the rest, which a step reads and never writes."""
+    return model.replace(params=None) if model.adapters is None else model.replace(adapters={})
+
+
+def with_trainable(frozen: Model, params: PyTree) -> Model:
+    """The model again, from `without_trainable` and a state's `params`."""
+    return frozen.replace(params=params) if frozen.adapters is None else frozen.replace(adapters=params)
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """One sharding a leaf of the state; the optimizer's moments lie where their parameters lie."""
+    params = trainable(model)
+    of_params = axes_shardings(mesh, params, trainable_axes(model))
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        of_params,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(step=replicated(mesh), params=of_params, opt_state=opt_state)
+
+
+def tree_terms(
+    model: Model, reference: Model | None, tree: TokenTree, options: StepOptions
+) -> tuple[Array, dict[str, Array]]:
+    """Loss of one (micro-)batch and its terms, all plain sums over the batch.
+
+    Args:
+      model: the student, differentiated.
+      reference: the frozen initial student; None where no token carries the anchor.
+      tree: weights that hold their denominators.
+      options: what can be left out.
+    """
+    blocks = {"block_tokens": options.block_tokens, "logit_softcap": model.config.final_logit_softcap}
+    prompt_width = tree.prompt_tokens_BxP.shape[1]
+    tokens_BxS = jnp.concatenate([tree.prompt_tokens_BxP, tree.tokens_BxT], axis=1)
+    mask_BxS = jnp.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1)
+    column_BxR = prompt_width + tree.branch_start_BxR
+    rows, slots, width = tree.branch_tokens_BxRxC.shape
+    if slots and width > 1:
+        # a branch's last token is predicted but never read
+        hidden_BxSxD, branch_hidden_BxRxCxD = decoder.read_tree(
+            model,
+            tokens_BxS,
+            mask_BxS,
+            tree.branch_tokens_BxRxC[:, :, :-1],
+            tree.branch_mask_BxRxC[:, :, :-1],
+            column_BxR,
+            remat=options.remat,
+        )
+    else:
+        hidden_BxSxD, _ = decoder.read(model, tokens_BxS, mask_BxS, remat=options.remat)
+        branch_hidden_BxRxCxD = jnp.zeros((rows, slots, 0, hidden_BxSxD.shape[-1]), hidden_BxSxD.dtype)
+    unembed_DxV = decoder.unembedding(model)
+    hidden_BxTxD = hidden_BxSxD[:, prompt_width - 1 : -1]  # column s predicts the token at s + 1
+    logprob_BxT, kl_BxT = _trunk_terms(model, reference, tree, tokens_BxS, mask_BxS, hidden_BxTxD, options, blocks)
+
+    branch_logprob_BxRxC = jnp.zeros((rows, slots, width), jnp.float32)
+    if slots:
+        first_BxRxD = jnp.take_along_axis(hidden_BxSxD, column_BxR[:, :, None] - 1, axis=1)
+        hidden_BxRxCxD = jnp.concatenate([first_BxRxD[:, :, None], branch_hidden_BxRxCxD], axis=2)
+        branch_logprob_BxRxC = token_logprob(
+            hidden_BxRxCxD.reshape(rows, slots * width, -1),
+            unembed_DxV,
+            tree.branch_tokens_BxRxC.reshape(rows, slots * width),
+            **blocks,
+        ).reshape(rows, slots, width)
+    return tree_loss(logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree)
+
+
+def _trunk_terms(
+    model: Model,
+    reference: Model | None,
+    tree: TokenTree,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    hidden_BxTxD: Array,
+    options: StepOptions,
+    blocks: dict[str, Any],
+) -> tuple[Array, Array]:
+    """(logprob_BxT, kl_BxT), zeros for what no token is weighted with."""
+    nothing_BxT = jnp.zeros(tree.tokens_BxT.shape, jnp.float32)
+    unembed_DxV = decoder.unembedding(model)
+    if not options.has_anchor:
+        if not options.has_trunk:
+            return nothing_BxT, nothing_BxT
+        return token_logprob(hidden_BxTxD, unembed_DxV, tree.tokens_BxT, **blocks), nothing_BxT
+    assert reference is not None
+    reference_hidden_BxSxD, _ = decoder.read(reference, tokens_BxS, mask_BxS)
+    reference_hidden_BxTxD = reference_hidden_BxSxD[:, tree.prompt_tokens_BxP.shape[1] - 1 : -1]
+    sides = (reference_hidden_BxTxD, decoder.unembedding(reference), hidden_BxTxD, unembed_DxV)
+    if not options.has_trunk:
+        return nothing_BxT, anchor_kl(*sides, **blocks)
+    return logprob_and_anchor_kl(*sides, tree.tokens_BxT, **blocks)
+
+
+def gradients(
+    frozen: Model, params: PyTree, reference: Model | None, trees: TokenTree, options: StepOptions
+) -> tuple[PyTree, dict[str, Array]]:
+    """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other."""
+
+    def loss(params: PyTree, tree: TokenTree) -> tuple[Array, dict[str, Array]]:
+        return tree_terms(with_trainable(frozen, params), reference, tree, options)
+
+    def part(tree: TokenTree) -> tuple[PyTree, dict[str, Array]]:
+        return jax.grad(loss, has_aux=True)(params, tree)
+
+    if trees.tokens_BxT.shape[0] == 1:
+        return part(jax.tree.map(lambda array: array[0], trees))
+
+    def add(total: Any, tree: TokenTree) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part(tree)), None
+
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(part, jax.tree.map(lambda array: array[0], trees)),
+    )
+    return jax.lax.scan(add, zero, trees)[0]
+
+
+def make_step(
+    frozen: Model,
+    reference: Model | None,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    shardings: TrainState,
+    options: StepOptions,
+) -> Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]:
+    """Compiles to step(state, trees) → (state, metrics); the state passed in is donated.
+
+    `trees` is a TokenTree of micro-batches, [A, B / A, …], on the devices. A step in which anything is not finite
+    changes nothing: the state that comes back is the one that went in, and metrics["is_finite"] is False.
+    """
+
+    def step(
+        state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree
+    ) -> tuple[TrainState, dict[str, Array]]:
+        grads, metrics = gradients(frozen, state.params, reference, trees, options)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = metrics | {
+            "optimizer/grad_norm": optax.global_norm(grads),
+            "optimizer/update_norm": optax.global_norm(updates),
+            "optimizer/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS])))
+        stepped = TrainState(
+            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, state)
+        return state, metrics | {"is_finite": is_finite}
+
+    whole = replicated(mesh)
+    compiled = jax.jit(
+        step,
+        in_shardings=(shardings, _shardings_of(frozen), _shardings_of(reference), batch_sharding(mesh, axis=1)),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    return lambda state, trees: compiled(state, frozen, reference, trees)
+
+
+def _shardings_of(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
