@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
-# A character has at most 4 bytes, so a cut that splits a sound one becomes clean within 3 tokens to the left.
-LONGEST_MOVE = 3
+# How many tokens a cut may move. A character has at most 4 bytes, but tokens may straddle two characters one after the
+# other (an emoji's parts do), so that a clean cut can be further away than 3 tokens.
+LONGEST_MOVE = 8
 _LEAD = "\n"  # a text that may stand before any other
 _CONTEXT = 8  # tokens of context that decide how a span's first token is decoded
 
@@ -127,10 +128,10 @@ class Tokenizer:
         return BROKEN not in self.decode(ids[:end])
 
     def clean_prefix_length(self, ids: Sequence[int], end: int) -> int | None:
-        """The nearest clean cut at or to the left of `end`; None where none is near.
+        """The nearest clean cut at or to the left of `end`; None where there is none within LONGEST_MOVE tokens.
 
-        A cut inside a sound character becomes clean at its first token. Where the student wrote bytes that are no
-        character, every later cut stays broken, and there is no text to show a teacher.
+        Where the student wrote bytes that are no character, every later cut stays broken: soon there is no text left
+        to show a teacher.
         """
         for length in range(end, max(end - LONGEST_MOVE, 0) - 1, -1):
             if self.is_clean_cut(ids, length):

@@ -47,7 +47,11 @@ def rouge_l(texts_a: Sequence[str], texts_b: Sequence[str]) -> np.ndarray:
     if not texts_a:
         return np.zeros(0, np.float32)
     tf, tf_text = _tensorflow()
-    words_a, words_b = [words(text) for text in texts_a], [words(text) for text in texts_b]
+    # As bytes: TensorFlow refuses lone surrogates, which a text may hold.
+    words_a, words_b = (
+        [[word.encode("utf-8", "surrogatepass") for word in words(text)] for text in texts]
+        for texts in (texts_a, texts_b)
+    )
     score = tf_text.metrics.rouge_l(
         tf.ragged.constant(words_a, dtype=tf.string, ragged_rank=1),
         tf.ragged.constant(words_b, dtype=tf.string, ragged_rank=1),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniopd_jax.data import Tokenizer, TokenizerError, load_tokenizer
+from omniopd_jax.data.tokenizer import LONGEST_MOVE
 from omniopd_jax.types import Message, Prompt
 from omniopd_jax.worlds import arithmetic
 from tests.tiny_tokenizers import MULTILINGUAL, save_byte_level, save_sentencepiece_like
@@ -64,12 +65,18 @@ def test_a_prefix_never_holds_a_broken_character(byte_level, text, share):
     assert byte_level.decode(ids) == text
     end = round(share * len(ids))
     cut = byte_level.clean_prefix_length(ids, end)
-    assert cut is not None
-    assert cut <= end
-    assert _is_sound(ids[:cut], byte_level)
-    assert text.startswith(byte_level.decode(ids[:cut]))
-    # It is the nearest one: nothing between the cut and the end is sound.
-    assert not any(_is_sound(ids[:between], byte_level) for between in range(cut + 1, end + 1))
+    sound = [length for length in range(max(end - LONGEST_MOVE, 0), end + 1) if _is_sound(ids[:length], byte_level)]
+    assert cut == max(sound, default=None)
+    if cut is not None:
+        assert text.startswith(byte_level.decode(ids[:cut]))
+
+
+def test_in_sound_text_a_clean_cut_is_always_near(byte_level):
+    for text in MULTILINGUAL:
+        ids = byte_level.encode(text)
+        cuts = [byte_level.clean_prefix_length(ids, end) for end in range(len(ids) + 1)]
+        assert None not in cuts
+        assert any(cut < end for end, cut in enumerate(cuts)) or text.isascii() or text == MULTILINGUAL[1]
 
 
 def test_bytes_that_are_no_character_leave_no_clean_cut_behind_them(byte_level):
