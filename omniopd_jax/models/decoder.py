@@ -7,8 +7,9 @@ Hidden states come back after the final norm, ready for `unembedding`; logits ov
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class CausalContext:
     is_windowed: bool = struct.field(pytree_node=False)
 
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         is_visible = causal_mask(self.mask_BxS, self.position_BxS, window, self.is_windowed)
         return attention(q, k, v, is_visible, **options), (k, v)
 
@@ -74,8 +75,8 @@ class TreeContext:
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
         b, s = self.mask_BxS.shape
         r, c = self.branch_mask_BxRxC.shape[1:]
-        trunk_k, trunk_v = k[:, :s].swapaxes(1, 2), v[:, :s].swapaxes(1, 2)
-        own_k = k[:, s:].reshape(b, r, c, *k.shape[2:]).swapaxes(2, 3)
+        trunk_k, trunk_v = k[:, :s].transpose(0, 2, 3, 1), v[:, :s].swapaxes(1, 2)
+        own_k = k[:, s:].reshape(b, r, c, *k.shape[2:]).transpose(0, 1, 3, 4, 2)
         own_v = v[:, s:].reshape(b, r, c, *v.shape[2:]).swapaxes(2, 3)
         position = self.branch_position_BxRxC
         sees_trunk = self.mask_BxS[:, None] & (jnp.arange(s) < self.branch_start_BxR[..., None])
@@ -100,7 +101,7 @@ class TreeContext:
 class StepContext:
     """One new token a row, over the cache of one layer."""
 
-    k_BxKxSxE: Array
+    k_BxKxExS: Array
     v_BxKxSxE: Array
     mask_BxS: Array  # the new column included
     position_BxS: Array
@@ -108,9 +109,8 @@ class StepContext:
     column: Array
 
     def attend(self, q: Array, k: Array, v: Array, window: int, **options: Any) -> tuple[Array, Any]:
-        at = (0, 0, self.column, 0)
-        k = jax.lax.dynamic_update_slice(self.k_BxKxSxE, k.swapaxes(1, 2), at)
-        v = jax.lax.dynamic_update_slice(self.v_BxKxSxE, v.swapaxes(1, 2), at)
+        k = jax.lax.dynamic_update_slice(self.k_BxKxExS, k.transpose(0, 2, 3, 1), (0, 0, 0, self.column))
+        v = jax.lax.dynamic_update_slice(self.v_BxKxSxE, v.swapaxes(1, 2), (0, 0, self.column, 0))
         is_visible = self.mask_BxS
         if window:
             is_visible = is_visible & (self.token_position_B[:, None] - self.position_BxS < window)
@@ -121,9 +121,9 @@ class StepContext:
 class BranchStepContext:
     """One new token a branch, over the trunk's cache of one layer and the branch's own."""
 
-    trunk_k_BxKxSxE: Array
+    trunk_k_BxKxExS: Array
     trunk_v_BxKxSxE: Array
-    own_k_BxRxKxCxE: Array
+    own_k_BxRxKxExC: Array
     own_v_BxRxKxCxE: Array
     sees_trunk_BxRxS: Array
     trunk_position_BxS: Array
@@ -131,19 +131,18 @@ class BranchStepContext:
     column: Array
 
     def attend(self, q: Array, k: Array, v: Array, window: int, **options: Any) -> tuple[Array, Any]:
-        at = (0, 0, 0, self.column, 0)
-        k = jax.lax.dynamic_update_slice(self.own_k_BxRxKxCxE, k[:, :, :, None], at)
-        v = jax.lax.dynamic_update_slice(self.own_v_BxRxKxCxE, v[:, :, :, None], at)
-        own_column = jnp.arange(k.shape[3])
+        k = jax.lax.dynamic_update_slice(self.own_k_BxRxKxExC, k[..., None], (0, 0, 0, 0, self.column))
+        v = jax.lax.dynamic_update_slice(self.own_v_BxRxKxCxE, v[:, :, :, None], (0, 0, 0, self.column, 0))
+        own_column = jnp.arange(k.shape[4])
         sees_trunk, sees_own = self.sees_trunk_BxRxS, own_column <= self.column
         if window:
             distance = self.token_position_BxR[..., None] - self.trunk_position_BxS[:, None]
             sees_trunk = sees_trunk & (distance < window)
             sees_own = sees_own & (self.column - own_column < window)
-        sees_own = jnp.broadcast_to(sees_own, (*sees_trunk.shape[:2], 1, k.shape[3]))
+        sees_own = jnp.broadcast_to(sees_own, (*sees_trunk.shape[:2], 1, k.shape[4]))
         out = branch_attention(
             q[:, :, None],
-            self.trunk_k_BxKxSxE,
+            self.trunk_k_BxKxExS,
             self.trunk_v_BxKxSxE,
             sees_trunk[:, :, None],
             k,
@@ -361,7 +360,7 @@ class Decoder(nn.Module):
             _rematerialised(Layer, remat),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax annotates an int
             length=c.num_layers,
         )
         x, kept = scanned(c, self.adapter_scale, self.param_dtype, name="layers")(x, traits, ropes, context)
@@ -408,11 +407,11 @@ def positions(mask_BxS: Array) -> Array:
     return jnp.maximum(jnp.cumsum(mask_BxS.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def _variables(model: Model) -> dict[str, PyTree]:
+def _apply(model: Model, tokens_BxN: Array, position_BxN: Array, context: Any, remat: Remat) -> tuple[Array, Any]:
     variables = {"params": model.params}
     if model.adapters is not None:
         variables["lora"] = model.adapters
-    return variables
+    return cast(tuple[Array, Any], model.module.apply(variables, tokens_BxN, position_BxN, context, remat))
 
 
 def read(
@@ -436,14 +435,15 @@ def read(
     mask_BxS = mask_BxS.astype(bool)
     position_BxS = positions(mask_BxS)
     context = CausalContext(mask_BxS, position_BxS, is_windowed(model.config))
-    hidden, (k, v) = model.module.apply(_variables(model), tokens_BxS, position_BxS, context, remat)
+    hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat)
     if cache_length is None:
         return hidden, None
+    k, v = kept  # stacked over layers
     spare = cache_length - tokens_BxS.shape[1]
     if spare < 0:
         raise ValueError(f"cache_length={cache_length} is shorter than the {tokens_BxS.shape[1]} tokens read.")
     cache = KVCache(
-        k=tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, spare), (0, 0))) for layer in k),
+        k=tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, 0), (0, spare))) for layer in k),
         v=tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, spare), (0, 0))) for layer in v),
         mask_BxS=jnp.pad(mask_BxS, ((0, 0), (0, spare))),
         position_BxS=jnp.pad(position_BxS, ((0, 0), (0, spare))),
@@ -453,22 +453,45 @@ def read(
     return hidden, cache
 
 
+def for_decoding(model: Model) -> Model:
+    """The same model with its layers' weights apart and in the compute dtype: what a decoding loop wants.
+
+    To be called once, outside the loop: otherwise each step slices (and casts) every stacked weight again, which on a
+    CPU costs as much as the step itself. Only `decode` and `decode_branches` take such a model.
+    """
+
+    def convert(path: Any, leaf: Array) -> Array:
+        # norms compute in float32, in both forms of the model
+        return leaf if path[-1].key == "scale" else leaf.astype(model.module.compute_dtype)
+
+    def apart(tree: PyTree) -> tuple[PyTree, ...]:
+        tree = jax.tree_util.tree_map_with_path(convert, tree)
+        return tuple(jax.tree.map(lambda a, i=layer: a[i], tree) for layer in range(model.config.num_layers))
+
+    if isinstance(model.params["layers"], tuple):
+        return model
+    params = dict(model.params, layers=apart(model.params["layers"]))
+    adapters = None if model.adapters is None else dict(model.adapters, layers=apart(model.adapters["layers"]))
+    return dataclasses.replace(model, params=params, adapters=adapters)
+
+
 def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any) -> tuple[Array, list[Any]]:
     """The layers one by one, each with its own context. Returns (hidden_BxNxD, what each layer's attention kept)."""
+    model = for_decoding(model)
     config, module, params = model.config, model.module, model.params
     x = embed(module, params["embedding"], tokens_BxN)
     ropes = tuple(rotation(rope, config.head_dim, position_BxN) for rope in config.ropes)
     layer_module = Layer(config, module.adapter_scale, module.param_dtype)
     kept = []
     for layer in range(config.num_layers):
-        variables = {"params": jax.tree.map(lambda a, i=layer: a[i], params["layers"])}
+        variables = {"params": params["layers"][layer]}
         if model.adapters is not None:
-            variables["lora"] = jax.tree.map(lambda a, i=layer: a[i], model.adapters["layers"])
+            variables["lora"] = model.adapters["layers"][layer]
         traits = LayerTraits(window=config.window_L[layer], rope_index=config.rope_index_L[layer])
-        x, kept_here = layer_module.apply(variables, x, traits, ropes, context_of(layer))
+        x, kept_here = cast(tuple[Array, Any], layer_module.apply(variables, x, traits, ropes, context_of(layer)))
         kept.append(kept_here)
     norm = RMSNorm(config.norm_eps, config.norm_offset, 1, module.param_dtype)
-    return norm.apply({"params": params["final_norm"]}, x), kept
+    return cast(Array, norm.apply({"params": params["final_norm"]}, x)), kept
 
 
 def decode(model: Model, token_B: Array, cache: KVCache, *, is_real_B: Array | None = None) -> tuple[Array, KVCache]:
@@ -533,7 +556,7 @@ def read_tree(
     context = TreeContext(mask_BxS, position, branch_mask, branch_position, branch_start_BxR, is_windowed(model.config))
     tokens = jnp.concatenate([tokens_BxS, branch_tokens_BxRxC.reshape(b, r * c)], axis=1)
     all_positions = jnp.concatenate([position, branch_position.reshape(b, r * c)], axis=1)
-    hidden, _ = model.module.apply(_variables(model), tokens, all_positions, context, remat)
+    hidden, _ = _apply(model, tokens, all_positions, context, remat)
     return hidden[:, :s], hidden[:, s:].reshape(b, r, c, -1)
 
 
@@ -550,14 +573,14 @@ def open_branches(cache: KVCache, start_BxR: Array, length: int) -> BranchCache:
       start_BxR: int, columns of the trunk, as in `read_tree`.
     """
     is_before = jnp.arange(cache.mask_BxS.shape[1]) < start_BxR[..., None]
-    b, kv_heads, _, head_dim = cache.k[0].shape
-    empty = jnp.zeros((b, start_BxR.shape[1], kv_heads, length, head_dim), cache.k[0].dtype)
+    b, kv_heads, head_dim, _ = cache.k[0].shape
+    empty = jnp.zeros((b, start_BxR.shape[1], kv_heads, head_dim, length), cache.k[0].dtype)
     return BranchCache(
         trunk=cache,
         sees_trunk_BxRxS=cache.mask_BxS[:, None] & is_before,
         start_position_BxR=start_position(cache.mask_BxS, start_BxR),
         k=(empty,) * len(cache.k),
-        v=(empty,) * len(cache.v),
+        v=(empty.swapaxes(3, 4),) * len(cache.v),
         length=jnp.asarray(0, jnp.int32),
     )
 
@@ -584,7 +607,7 @@ def decode_branches(model: Model, token_BxR: Array, cache: BranchCache) -> tuple
 
     hidden, kept = _walk(model, token_BxR, position, context_of)
     own_k, own_v = tuple(k for k, _ in kept), tuple(v for _, v in kept)
-    return hidden, cache.replace(k=own_k, v=own_v, length=cache.length + 1)
+    return hidden, dataclasses.replace(cache, k=own_k, v=own_v, length=cache.length + 1)
 
 
 def unembedding(model: Model) -> Array:

@@ -8,7 +8,7 @@ destination's place only when it is complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,7 @@ def load_model(
     _check_names(folder, config, table, checkpoint)
     leaves = {}
     for parameter in table:
-        sharding = shardings
-        if isinstance(shardings, dict):
-            sharding = leaf(shardings, parameter.path)
+        sharding = leaf(shardings, parameter.path) if isinstance(shardings, Mapping) else shardings
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         leaves[parameter.path] = _place(parameter, checkpoint, dtype, sharding)
@@ -74,26 +72,21 @@ class _Checkpoint:
     """The tensors of a folder by name. Files are read (`pread`), not mapped: mapped pages would count as memory."""
 
     def __init__(self, folder: Path):
-        self.files = _tensor_files(folder)
+        self._files = _tensor_files(folder)
+        self._handles = {file: _open(file) for file in sorted(set(self._files.values()))}
+        held = {file: set(handle.keys()) for file, handle in self._handles.items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._handles = {}
-        for name, file in self.files.items():
-            piece = self._handle(file, name).get_slice(name)
+        for name, file in self._files.items():
+            if name not in held[file]:
+                raise ModelError(f"{file} holds no tensor {name}, which {INDEX} says it does.")
+            piece = self._handles[file].get_slice(name)
             if piece.get_dtype() not in _READABLE:
-                raise ModelError(
-                    f"{file} stores {name} as {piece.get_dtype()}; only {', '.join(_READABLE)} can be read."
-                )
+                known = ", ".join(_READABLE)
+                raise ModelError(f"{file} stores {name} as {piece.get_dtype()}; only {known} can be read.")
             self.shapes[name] = tuple(piece.get_shape())
 
-    def _handle(self, file: Path, name: str) -> Any:
-        if file not in self._handles:
-            self._handles[file] = _open(file)
-        if name not in self._handles[file].keys():
-            raise ModelError(f"{file} holds no tensor {name}, which {INDEX} says it does.")
-        return self._handles[file]
-
     def read(self, name: str) -> np.ndarray:
-        return self._handles[self.files[name]].get_tensor(name)
+        return self._handles[self._files[name]].get_tensor(name)
 
 
 def _open(file: Path) -> Any:
@@ -165,7 +158,7 @@ def _check_tied(folder: Path, config: DecoderConfig, checkpoint: _Checkpoint) ->
 def _place(parameter: Parameter, checkpoint: _Checkpoint, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Reads one parameter's tensors, one at a time, into buffers of exactly the shards that this process holds."""
     shards = sharding.addressable_devices_indices_map(parameter.shape)
-    windows = {device: _bounds(index, parameter.shape) for device, index in shards.items()}
+    windows = {device: _bounds(index or (), parameter.shape) for device, index in shards.items()}
     buffers = {
         window: _aligned_empty(tuple(stop - start for start, stop in window), dtype) for window in set(windows.values())
     }

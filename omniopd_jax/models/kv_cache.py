@@ -1,7 +1,7 @@
 """Keys and values of tokens already read: one cache a batch, and short local caches for branches off it.
 
-One array a layer, [B, K, columns, E]: a step writes one column in place (in a `lax.while_loop` the carry's buffers are
-reused), and no other layer's keys are touched or copied.
+One array a layer, keys [B, K, E, columns] and values [B, K, columns, E]: a step writes one column in place (in a
+`lax.while_loop` the carry's buffers are reused), and no other layer's keys are touched or copied.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omniopd_jax.types import Array
 class KVCache:
     """What decoding needs of the tokens before. Columns [0, length) are filled."""
 
-    k: tuple[Array, ...]  # L arrays [B, K, S_max, E], compute dtype
+    k: tuple[Array, ...]  # L arrays [B, K, E, S_max], compute dtype
     v: tuple[Array, ...]  # L arrays [B, K, S_max, E]
     mask_BxS: Array  # bool, True on columns that hold a real token
     position_BxS: Array  # int32, real tokens before this column
@@ -30,6 +30,6 @@ class BranchCache:
     trunk: KVCache
     sees_trunk_BxRxS: Array  # bool, real trunk columns before the branch's start
     start_position_BxR: Array  # int32, position of a branch's first token
-    k: tuple[Array, ...]  # L arrays [B, R, K, C, E]
+    k: tuple[Array, ...]  # L arrays [B, R, K, E, C]
     v: tuple[Array, ...]  # L arrays [B, R, K, C, E]
     length: Array  # int32 scalar, tokens that every branch has so far

@@ -6,6 +6,7 @@ same parameters, so the reference of the KL anchor costs no memory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -52,7 +53,8 @@ def add_adapters(
         std = math.prod(layer.shape[1 : 1 + layer.num_in]) ** -0.5
         leaves[(*layer.path[:-1], "a")] = std * jax.random.normal(jax.random.fold_in(key, number), a_shape, dtype)
         leaves[(*layer.path[:-1], "b")] = jnp.zeros(b_shape, dtype)
-    return model.replace(module=model.module.clone(adapter_scale=alpha / rank), adapters=nest(leaves))
+    module = model.module.clone(adapter_scale=alpha / rank)
+    return dataclasses.replace(model, module=module, adapters=nest(leaves))
 
 
 def _adapter_shapes(layer: Parameter, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -89,7 +91,7 @@ def merge(model: Model) -> Model:
         kernel = leaves[layer.path]
         wide = kernel.astype(jnp.float32) + model.module.adapter_scale * delta.reshape(kernel.shape)
         leaves[layer.path] = wide.astype(kernel.dtype)
-    return model.replace(params=nest(leaves), adapters=None)
+    return dataclasses.replace(model, params=nest(leaves), adapters=None)
 
 
 def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str | Path | None = None) -> None:
