@@ -10,6 +10,10 @@ from omniopd_jax.algo.entropy import entropy_and_logprob, token_logprob
 B, T, D, V = 3, 5, 4, 11
 
 
+scored = jax.jit(entropy_and_logprob, static_argnames=("block_tokens", "logit_softcap"))
+logprob_of = jax.jit(token_logprob, static_argnames=("block_tokens", "logit_softcap"))
+
+
 def dense(hidden, unembed, targets, softcap=None):
     """float64, [B, T, V] and all."""
     with np.errstate(all="ignore"):
@@ -53,10 +57,13 @@ def banned(inputs):
 
 def weighted(hidden, unembed, targets, block_tokens=4, softcap=None):
     """A scalar that hangs on both results of every position with weights of its own."""
-    entropy, logprob = entropy_and_logprob(hidden, unembed, targets, block_tokens=block_tokens, logit_softcap=softcap)
+    entropy, logprob = scored(hidden, unembed, targets, block_tokens=block_tokens, logit_softcap=softcap)
     return jnp.sum(entropy * jnp.cos(jnp.arange(B * T)).reshape(B, T)) + jnp.sum(
         logprob * jnp.sin(jnp.arange(B * T)).reshape(B, T)
     )
+
+
+slopes = jax.jit(jax.grad(weighted, argnums=(0, 1)), static_argnums=(3, 4))
 
 
 def weighted_dense(hidden, unembed, targets, softcap=None):
@@ -65,22 +72,21 @@ def weighted_dense(hidden, unembed, targets, softcap=None):
     return np.sum(entropy * np.cos(weights)) + np.sum(logprob * np.sin(weights))
 
 
-@pytest.mark.parametrize("block_tokens", [1, 2, 4, 7, 15, 512])
+@pytest.mark.parametrize("block_tokens", [1, 4, 7, 512])
 def test_any_block_gives_the_dense_values(inputs, block_tokens):
-    entropy, logprob = entropy_and_logprob(*inputs, block_tokens=block_tokens)
+    entropy, logprob = scored(*inputs, block_tokens=block_tokens)
     expected_entropy, expected_logprob = dense(*inputs)
     assert entropy.shape == logprob.shape == (B, T)
     assert entropy.dtype == logprob.dtype == jnp.float32
     np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logprob, expected_logprob, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(logprob, token_logprob(*inputs, block_tokens=block_tokens))
+    np.testing.assert_array_equal(logprob, logprob_of(*inputs, block_tokens=block_tokens))
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("block_tokens", [2, 7])
+@pytest.mark.parametrize(("block_tokens", "softcap"), [(2, None), (4, 1.5), (512, None)])
 def test_gradients_are_those_of_the_dense_definition(inputs, block_tokens, softcap):
     hidden, unembed, targets = inputs
-    actual = jax.grad(weighted, argnums=(0, 1))(hidden, unembed, targets, block_tokens, softcap)
+    actual = slopes(hidden, unembed, targets, block_tokens, softcap)
     expected_hidden = numeric_gradient(lambda h: weighted_dense(h, unembed, targets, softcap), hidden)
     expected_unembed = numeric_gradient(lambda w: weighted_dense(hidden, w, targets, softcap), unembed)
     np.testing.assert_allclose(actual[0], expected_hidden, rtol=2e-5, atol=2e-5)
@@ -89,21 +95,23 @@ def test_gradients_are_those_of_the_dense_definition(inputs, block_tokens, softc
 
 def test_the_logprob_path_has_the_same_gradient(inputs):
     hidden, unembed, targets = inputs
-    full = jax.grad(lambda h, w: jnp.sum(jnp.sin(entropy_and_logprob(h, w, targets, block_tokens=4)[1])), (0, 1))
-    lean = jax.grad(lambda h, w: jnp.sum(jnp.sin(token_logprob(h, w, targets, block_tokens=4))), (0, 1))
+    full = jax.jit(
+        jax.grad(lambda h, w: jnp.sum(jnp.sin(entropy_and_logprob(h, w, targets, block_tokens=4)[1])), (0, 1))
+    )
+    lean = jax.jit(jax.grad(lambda h, w: jnp.sum(jnp.sin(token_logprob(h, w, targets, block_tokens=4))), (0, 1)))
     jax.tree.map(np.testing.assert_array_equal, full(hidden, unembed), lean(hidden, unembed))
 
 
 def test_banned_tokens_contribute_nothing_forward_and_backward(banned):
     hidden, unembed, targets = banned
-    entropy, logprob = entropy_and_logprob(hidden, unembed, targets, block_tokens=4)
+    entropy, logprob = scored(hidden, unembed, targets, block_tokens=4)
     kept = np.delete(unembed, (2, 7), axis=1)
     renumbered = targets - (targets > 2) - (targets > 7)
     expected_entropy, expected_logprob = dense(hidden, kept, renumbered)
     np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logprob, expected_logprob, rtol=1e-5, atol=1e-6)
-    d_hidden, d_unembed = jax.grad(weighted, argnums=(0, 1))(hidden, unembed, targets)
-    kept_hidden, kept_unembed = jax.grad(weighted, argnums=(0, 1))(hidden, kept, renumbered)
+    d_hidden, d_unembed = slopes(hidden, unembed, targets)
+    kept_hidden, kept_unembed = slopes(hidden, kept, renumbered)
     np.testing.assert_allclose(d_hidden, kept_hidden, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.delete(d_unembed, (2, 7), axis=1), kept_unembed, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(d_unembed[:, (2, 7)], 0.0)
@@ -112,19 +120,19 @@ def test_banned_tokens_contribute_nothing_forward_and_backward(banned):
 def test_a_banned_target_has_no_chance_and_no_nan(banned):
     hidden, unembed, targets = banned
     targets = np.full_like(targets, 2)
-    assert np.all(np.asarray(token_logprob(hidden, unembed, targets)) == -np.inf)
+    assert np.all(np.asarray(logprob_of(hidden, unembed, targets)) == -np.inf)
     gradients = jax.grad(lambda h, w: jnp.sum(token_logprob(h, w, targets)), (0, 1))(hidden, unembed)
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
 
 def test_certainty_has_no_entropy_and_indifference_log_v(inputs):
     hidden, _, targets = inputs
-    entropy, logprob = entropy_and_logprob(hidden, np.zeros((D, V), np.float32), targets)
+    entropy, logprob = scored(hidden, np.zeros((D, V), np.float32), targets)
     np.testing.assert_allclose(entropy, np.log(V), rtol=1e-6)
     np.testing.assert_allclose(logprob, -np.log(V), rtol=1e-6)
     sure = np.zeros((D, V), np.float32)
     sure[:, 3] = 1e4
-    entropy, _ = entropy_and_logprob(np.ones_like(hidden), sure, targets)
+    entropy, _ = scored(np.ones_like(hidden), sure, targets)
     np.testing.assert_array_equal(entropy, 0.0)
 
 
@@ -132,24 +140,21 @@ def test_large_logits_keep_their_digits(inputs):
     hidden, unembed, targets = inputs
     shifted = np.concatenate([unembed, np.full((1, V), 60.0, np.float32)])  # every logit 60 higher: nothing changes
     longer = np.concatenate([hidden, np.ones((B, T, 1), np.float32)], axis=-1)
-    for actual, expected in zip(entropy_and_logprob(longer, shifted, targets), dense(*inputs), strict=True):
+    for actual, expected in zip(scored(longer, shifted, targets), dense(*inputs), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_jit_changes_nothing(inputs):
-    plain, jitted = (f(*inputs, block_tokens=4) for f in (entropy_and_logprob, _jitted))
+    plain, jitted = (f(*inputs, block_tokens=4) for f in (entropy_and_logprob, scored))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), plain, jitted)
-
-
-_jitted = jax.jit(entropy_and_logprob, static_argnames="block_tokens")
 
 
 def test_permuting_the_batch_permutes_the_result(inputs):
     hidden, unembed, targets = inputs
     order = np.array([2, 0, 1])
     for whole, permuted in zip(
-        _jitted(hidden, unembed, targets, block_tokens=4),
-        _jitted(hidden[order], unembed, targets[order], block_tokens=4),
+        scored(hidden, unembed, targets, block_tokens=4),
+        scored(hidden[order], unembed, targets[order], block_tokens=4),
         strict=True,
     ):
         np.testing.assert_array_equal(whole[order], permuted)
@@ -160,13 +165,13 @@ def test_half_precision_operands_are_summed_in_float32(inputs):
     half = jnp.asarray(hidden, jnp.bfloat16)
     rounded = np.asarray(jnp.asarray(unembed, jnp.bfloat16), np.float32)
     for actual, expected in zip(
-        entropy_and_logprob(half, unembed, targets),
+        scored(half, unembed, targets),
         dense(np.asarray(half, np.float32), rounded, targets),
         strict=True,
     ):
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    gradients = jax.grad(weighted, argnums=(0, 1))(half, unembed, targets)
+    gradients = slopes(half, unembed, targets)
     assert gradients[0].dtype == jnp.bfloat16
     assert gradients[1].dtype == jnp.float32
 
