@@ -236,6 +236,5 @@ def branch(
 
 def supervised(mask_BxT: Array, *, normalise: str = "token", denominator: Array | None = None) -> Array:
     """Maximum likelihood of given texts: weight 1 over the denominator on every trunk token, weight_BxT."""
-    if denominator is None:
-        denominator = batch_denominator(mask_BxT, normalise=normalise)
-    return jnp.where(mask_BxT, 1.0 / denominator, 0.0)
+    total = batch_denominator(mask_BxT, normalise=normalise) if denominator is None else denominator
+    return jnp.where(mask_BxT, 1.0 / total, 0.0)

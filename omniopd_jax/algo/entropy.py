@@ -58,7 +58,8 @@ def token_logprob(
 ) -> Array:
     """`entropy_and_logprob` without the entropy: what an update needs. Returns logprob_BxT, float32, nats."""
     check_shapes(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens)
-    return _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap, False)[1]
+    scores: Any = _score(hidden_BxTxD, unembed_DxV, targets_BxT, block_tokens, logit_softcap, False)
+    return scores[1]
 
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
