@@ -1,13 +1,14 @@
 """What every main shares: flags that fail in one sentence, and exit codes.
 
-    0 done · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 130 Ctrl-C · 143 SIGTERM
+0 done · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 130 Ctrl-C · 143 SIGTERM
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -44,6 +45,23 @@ def load_config(name: str, **overrides: object) -> ConfigDict:
 def workdir(value: str | None, default: str) -> Path:
     """The work directory as an absolute path; not created here."""
     return Path(os.path.expanduser(value or default)).absolute()
+
+
+@contextlib.contextmanager
+def bar(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told (done, total); plain lines now and then where nothing can redraw."""
+    from tqdm import tqdm
+
+    is_terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total, desc=f"{name:<22}", mininterval=0.2 if is_terminal else 15.0, ncols=100, ascii=not is_terminal
+    ) as shown:
+
+        def update(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield update
 
 
 def run(main: Callable[[], None]) -> None:
