@@ -91,25 +91,19 @@ def chat_renderer(path: str, template_args: Mapping[str, Any]) -> Callable[[tupl
     A start token that the tokenizer would add anyway is left to the server, or it would stand there twice.
 
     Raises:
-      ConfigError: the folder holds no tokenizer, or the tokenizer no chat template.
+      InputError: the folder holds no tokenizer, or (on use) the tokenizer no chat template.
     """
-    from transformers import AutoTokenizer
+    from omniopd_jax.data.tokenizer import load_tokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises many kinds here
-        raise ConfigError(
-            f"config.teacher.path={path!r} holds no tokenizer that transformers can load: {error}"
-        ) from error
-    if not tokenizer.chat_template:
-        raise ConfigError(f"config.teacher.path={path!r}: its tokenizer has no chat template; use raw prompts.")
-    start = tokenizer.bos_token or ""
-    adds_start = bool(start) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer = load_tokenizer(path)
+    hf: Any = tokenizer.hf
+    start = hf.bos_token or ""
+    adds_start = bool(start) and hf("x")["input_ids"][:1] == [hf.bos_token_id]
 
     @functools.lru_cache(maxsize=4096)
     def render(messages: tuple[Message, ...]) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template_args)
+        text = tokenizer.render_messages(turns, template_args, add_generation_prompt=True)
         return text.removeprefix(start) if adds_start else text
 
     return render

@@ -77,16 +77,13 @@ class GeminiDialect:
         from google import genai
 
         self._http = http_client(self._url, timeout_s=self._timeout_s, max_connections=self._max_connections)
-        return genai.Client(
-            api_key=self._api_key,
-            vertexai=False,
-            http_options={
-                "base_url": self._url,
-                "timeout": int(self._timeout_s * 1000),
-                "httpx_async_client": self._http,
-                "retry_options": {"attempts": 1},
-            },
-        )
+        options: Any = {
+            "base_url": self._url,
+            "timeout": int(self._timeout_s * 1000),
+            "httpx_async_client": self._http,
+            "retry_options": {"attempts": 1},
+        }
+        return genai.Client(api_key=self._api_key, vertexai=False, http_options=options)
 
 
 def read_reply(body: Mapping[str, Any]) -> Reply:

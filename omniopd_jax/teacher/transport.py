@@ -95,12 +95,12 @@ def failure_of_error(error: Exception) -> CallFailed:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, CallFailed):
-            return link
-        if isinstance(link, ReplyTooLarge):
-            return CallFailed("retry", "too_large", str(link), is_charged=True)
-        response = getattr(link, "response", None)
+    for member in chain:
+        if isinstance(member, CallFailed):
+            return member
+        if isinstance(member, ReplyTooLarge):
+            return CallFailed("retry", "too_large", str(member), is_charged=True)
+        response: Any = getattr(member, "response", None)
         if isinstance(response, httpx2.Response):
             return failure_of_status(response.status_code, response.headers, _text(response))
     if any(isinstance(link, httpx2.TimeoutException | TimeoutError) for link in chain):
