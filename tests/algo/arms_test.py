@@ -19,7 +19,7 @@ ANCHORS = Anchors(
 PRIOR = np.array([[0.5, 0.2], [0.3, 0.0], [0.9, 0.6]], np.float32)
 COUNT = np.array([[4, 0], [1, 0], [3, 4]], np.float32)  # chunk (0, 1) heard nothing
 SCORE_SUM = np.array([[3.0, 0.0], [0.25, 0.0], [1.5, 4.0]], np.float32)
-AGREEMENT = np.array([[0.6, 0.0], [0.0, 0.0], [0.4, 1.0]], np.float32)
+AGREEMENT = np.array([[0.6, 0.0], [0.7, 0.0], [0.4, 1.0]], np.float32)
 AUDITED = np.array([[True, False], [True, False], [True, True]])
 TARGET = np.where(COUNT > 0, (SCORE_SUM + 2.0 * PRIOR) / (COUNT + 2.0), PRIOR)
 

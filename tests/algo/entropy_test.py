@@ -138,10 +138,10 @@ def test_certainty_has_no_entropy_and_indifference_log_v(inputs):
 
 def test_large_logits_keep_their_digits(inputs):
     hidden, unembed, targets = inputs
-    shifted = np.concatenate([unembed, np.full((1, V), 60.0, np.float32)])  # every logit 60 higher: nothing changes
+    shifted = np.concatenate([unembed, np.full((1, V), 200.0, np.float32)])  # every logit 200 higher: nothing changes
     longer = np.concatenate([hidden, np.ones((B, T, 1), np.float32)], axis=-1)
     for actual, expected in zip(scored(longer, shifted, targets), dense(*inputs), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
 
 
 def test_jit_changes_nothing(inputs):
@@ -184,14 +184,14 @@ def test_no_positions_give_empty_results_and_no_gradient(inputs):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_memory_grows_with_the_block_and_not_with_the_response():
+def test_memory_grows_with_the_block_and_not_with_the_batch():
     width, vocabulary, block = 8, 4096, 32
 
-    def temporary_bytes(tokens):
+    def temporary_bytes(rows, tokens):
         shapes = (
-            jax.ShapeDtypeStruct((2, tokens, width), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tokens, width), jnp.float32),
             jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
-            jax.ShapeDtypeStruct((2, tokens), jnp.int32),
+            jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
         )
 
         def loss(hidden, unembed, targets):
@@ -200,11 +200,12 @@ def test_memory_grows_with_the_block_and_not_with_the_response():
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    short, long = temporary_bytes(64), temporary_bytes(1024)
+    short, long, many = temporary_bytes(2, 64), temporary_bytes(2, 1024), temporary_bytes(1024, 2)
     a_block_of_logits = 4 * block * vocabulary
     assert short < 3 * a_block_of_logits
-    # sixteen times the tokens: more of what has no vocabulary axis, and not one more block
-    assert long - short < a_block_of_logits < 4 * 2 * 1024 * vocabulary / 32
+    # sixteen times the tokens, in long responses or in many: not one more block
+    assert long - short < a_block_of_logits
+    assert many - short < a_block_of_logits
 
 
 @pytest.mark.parametrize(
