@@ -151,6 +151,8 @@ class Cache:
         """
         count, rows = 0, []
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 values = json.loads(line)
                 if "finding" in values:
