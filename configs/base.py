@@ -108,6 +108,7 @@ def get_config() -> ConfigDict:
             ),
             train=dict(
                 steps=100,
+                max_teacher_tokens=0,  # the run is done once the teacher has written so many; 0: `steps` decides
                 seed=0,
                 micro_batch_size=0,  # responses a gradient accumulation step; 0: the whole batch
                 remat="none",  # none | full | dots: rematerialisation of the decoder's layers

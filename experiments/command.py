@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict, config_flags
 
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
+
+Bar = Callable[[str, int, int], None]  # (name, done, total)
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -48,20 +50,45 @@ def workdir(value: str | None, default: str) -> Path:
 
 
 @contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is told (done, total); plain lines now and then where nothing can redraw."""
+def bars() -> Iterator[Bar]:
+    """Progress bars one after the other: call bar(name, done, total); a new name starts a new bar.
+
+    Where nothing can redraw (a log file) a line comes every few seconds instead.
+    """
     from tqdm import tqdm
 
     is_terminal = sys.stderr.isatty()
-    with tqdm(
-        total=total, desc=f"{name:<22}", mininterval=0.2 if is_terminal else 15.0, ncols=100, ascii=not is_terminal
-    ) as shown:
+    shown: dict[str, tqdm] = {}
 
-        def update(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
+    def update(name: str, done: int, total: int) -> None:
+        if name not in shown:
+            for other in shown.values():
+                other.close()
+            shown.clear()
+            shown[name] = tqdm(
+                desc=f"{name:<22}", mininterval=0.2 if is_terminal else 15.0, ncols=100, ascii=not is_terminal
+            )
+        shown[name].total = total
+        shown[name].update(done - shown[name].n)
 
+    try:
         yield update
+    finally:
+        for last in shown.values():
+            last.close()
+
+
+def step_progress(bar: Bar, name: str, config: Config) -> Callable[[int, Mapping[str, float]], None]:
+    """The loop's progress as a bar: of steps, or of teacher tokens where those decide when the run ends."""
+    train = config.train
+
+    def update(step: int, metrics: Mapping[str, float]) -> None:
+        if train.max_teacher_tokens:
+            bar(name, min(int(metrics["teacher/total_tokens"]), train.max_teacher_tokens), train.max_teacher_tokens)
+        else:
+            bar(name, step, train.steps)
+
+    return update
 
 
 def run(main: Callable[[], None]) -> None:

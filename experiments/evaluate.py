@@ -41,7 +41,7 @@ def main() -> None:
         raise InputError(f"No folder {str(folder)!r}: --model wants a Hugging Face folder or a work directory.")
     prompts = read_prompts(_DATA.value, system_prompt=_SYSTEM.value, is_raw=_RAW.value)
     prompts = prompts[: _PROBLEMS.value or None]
-    with command.bar("answers", len(prompts) * _SAMPLES.value) as bar:
+    with command.bars() as bar:
         result = evaluate(
             load_model(folder),
             load_tokenizer(folder),
@@ -54,7 +54,7 @@ def main() -> None:
             seed=_SEED.value,
             template_args={"enable_thinking": False},
             use_chat_template=not _RAW.value,
-            progress=bar,
+            progress=lambda done, total: bar("answers", done, total),
         )
     if _OUT.value:
         with open(_OUT.value, "w", encoding="utf-8") as lines:

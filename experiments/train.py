@@ -21,7 +21,8 @@ def main() -> None:
     from omniopd_jax.train import loop
 
     workdir = command.workdir(_WORKDIR.value, "")
-    result = loop.run(config, workdir)
+    with command.bars() as bar:
+        result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
     print(result)
     print(f"report   {report.write_report(workdir)}")
 

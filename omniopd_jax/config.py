@@ -133,6 +133,7 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
+    max_teacher_tokens: int
     seed: int
     micro_batch_size: int
     remat: str
@@ -311,6 +312,7 @@ _NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
+    "train.max_teacher_tokens",
     "train.micro_batch_size",
     "train.checkpoint_every",
     "train.audit_log_every",

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,7 +25,7 @@ from omniopd_jax.train.evaluation import Evaluator
 from omniopd_jax.train.experiment import Experiment, export, prepare
 from omniopd_jax.train.step import TERMS
 from omniopd_jax.train.stops import CheckpointError, Interrupts, NotFinite, RunStopped
-from omniopd_jax.types import Anchors, Branches, Prompt, PromptBatch, Rollout, TokenTree, Verdicts
+from omniopd_jax.types import Anchors, Prompt, PromptBatch, Rollout, TokenTree
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,6 +98,8 @@ def run(
                 with clock.phase("evaluate"):
                     experiment.log.write({"step": 0} | experiment.evaluator(experiment.model))
             for index in range(experiment.num_finished, config.train.steps):
+                if 0 < config.train.max_teacher_tokens <= experiment.spent.completion_tokens:
+                    break
                 began = time.perf_counter()
                 metrics, audits, rollouts = one_step(experiment, index, clock, interrupts)
                 step = index + 1
@@ -178,7 +179,7 @@ def one_step(
         count = config.rollout.batch_size // (config.train.micro_batch_size or config.rollout.batch_size)
         trees = batching.to_devices(batching.micro_batches(packed, count), experiment.mesh, axis=1)
         experiment.state, on_devices = experiment.step(experiment.state, trees)
-        updated = {name: float(value) for name, value in batching.to_host(on_devices).items()}
+        updated = {name: float(value) + 0.0 for name, value in batching.to_host(on_devices).items()}
     _check_finite(step, {name: np.asarray(updated[name]) for name in TERMS}, is_finite=bool(updated.pop("is_finite")))
 
     experiment.spent += Usage(
