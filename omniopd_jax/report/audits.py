@@ -23,9 +23,22 @@ MAX_TOKEN = 400  # characters of one token
 MAX_TOKENS = 16_384  # tokens of a response
 MAX_TEXTS = 256  # continuations or branches of a chunk
 MAX_LABEL = 160  # characters of a prompt in the list
-_KNOWN = frozenset(
-    ["step", "response", "prompt_id", "slot", "start", "num_tokens", "entropy", "chunk", "continuations", "branches", "prior", "score_sum", "count", "requested", "target", "weight", "logprob"]
+_NUMBERS = (
+    "start",
+    "num_tokens",
+    "entropy",
+    "prior",
+    "score_sum",
+    "count",
+    "requested",
+    "target",
+    "weight",
+    "logprob",
+    "moved",
 )
+_KNOWN = frozenset(
+    {*_NUMBERS, "step", "response", "prompt_id", "slot", "chunk", "continuations", "branches", "is_end"}
+)  # the rest of an audit's figures is shown by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +181,13 @@ def _audit(slot: int, line: dict[str, Any]) -> dict[str, Any]:
         ],
         "num_continuations": len(continuations),
         "num_branches": len(branches),
+        "is_end": line.get("is_end") is True,
         "others": {
             clean(name)[:80]: number(value) if isinstance(value, (int, float)) else clipped(value, 400)
             for name, value in list(line.items())[:64]
             if name not in _KNOWN and isinstance(value, (int, float, str))
         },
-    } | {
-        name: number(line.get(name))
-        for name in (
-            ["start", "num_tokens", "entropy", "prior", "score_sum", "count", "requested", "target", "weight", "logprob"]
-        )
-    }  # fmt: skip
+    } | {name: number(line.get(name)) for name in _NUMBERS}
 
 
 def _columns(index: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,10 +200,12 @@ def _columns(index: list[dict[str, Any]]) -> dict[str, Any]:
             labels.append("")
         row["prompt"] = prompts[row["prompt_id"]]
         labels[row["prompt"]] = labels[row["prompt"]] or row["label"]
-    names = ["step", "row", "prompt", "tokens", "finished", "chunks", "similarity", "target", "entropy", "logprob", "piece", "place"]
+    dropped = {"prompt_id", "label"}
     return {
-        "prompts": [{"id": prompt_id[:MAX_LABEL], "label": label} for prompt_id, label in zip(prompts, labels)],
-        "columns": {name: [row[name] for row in index] for name in names},
+        "prompts": [
+            {"id": prompt_id[:MAX_LABEL], "label": label} for prompt_id, label in zip(prompts, labels, strict=True)
+        ],
+        "columns": {name: [row[name] for row in index] for name in index[0] if name not in dropped} if index else {},
     }
 
 

@@ -16,6 +16,7 @@ from omniopd_jax.report.settings import differences, flatten, shown
 from omniopd_jax.report.text import number
 from omniopd_jax.report.workdir import WorkDir, read_workdir
 
+Cell = str | list[str]  # a text, or [text, small text below it]
 _MOST_IN_A_LABEL = 3  # settings that name an arm; with more, the folders do
 _FINAL = (  # columns of the final table beside the accuracies: (title, metric, shown as)
     ("Steps", "", lambda value: f"{value:,.0f}"),
@@ -72,7 +73,8 @@ def write_comparison(workdirs: Sequence[Path | str], path: Path | str) -> Path:
         "kicker": f"Comparison of {len(runs)} runs in {len(arms)} arms",
         "headline": _headline(rows),
         "lead": "Runs that differ in nothing but seeds and paths are one arm.",
-        "measures": [row for arm, found in rows for row in _measure_rows(arm, found)],
+        "interval": "",
+        "measures": _measure_rows(rows),
         "facts": [],
         "tables": tables,
         "findings": None,
@@ -92,18 +94,23 @@ def group(runs: Sequence[WorkDir]) -> list[Arm]:
     for run in runs:
         settings = flatten(run.config)
         key = tuple((name, shown(value)) for name, value in sorted(settings.items()) if not _is_incidental(name))
-        members.setdefault(key or run.name, []).append(run)
+        members.setdefault(key if settings else run.name, []).append(run)
     groups = list(members.values())
     differing = differences([group[0].config for group in groups])
     names = [name for name in differing if not _is_incidental(name)]
     labels = []
     for place, group in enumerate(groups):
         if 0 < len(names) <= _MOST_IN_A_LABEL:
-            label = ", ".join(f"{name.rpartition('.')[2]} {differing[name][place]}" for name in names)
+            label = ", ".join(_named(name, differing[name][place]) for name in names)
         else:
             label = group[0].name
         labels.append(label if label not in labels else f"{label} ({place + 1})")
     return [Arm(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+
+
+def _named(setting: str, value: str) -> str:
+    """ "branch" for objective.arm, "anchor_weight 0.1" for other settings."""
+    return value if setting == "objective.arm" else f"{setting.rpartition('.')[2]} {value}"
 
 
 def comparison_curves(arms: Sequence[Arm]) -> list[dict[str, Any]]:
@@ -126,7 +133,7 @@ def comparison_curves(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "about": chart.about if len(chart.lines) == 1 else "",
                         "x": steps,
                         "lines": lines,
-                        "raw": True,
+                        "noisy": chart.is_noisy,
                     }
                 )
     return found
@@ -169,21 +176,25 @@ def _arm_measures(arm: Arm) -> dict[str, list[Measure]]:
     return found
 
 
-def _measure_rows(arm: Arm, found: dict[str, list[Measure]]) -> list[dict[str, Any]]:
-    rows = []
-    for label, each in found.items():
-        values = [measure.value for measure in each]
-        befores = [measure.before for measure in each if measure.before is not None]
-        mean = dataclasses.replace(
-            each[0], value=sum(values) / len(values), before=sum(befores) / len(befores) if befores else None
-        )
-        row = as_row(mean)
-        row["label"] = f"{arm.label}: {label}"
-        if len(values) > 1:
-            row |= {"low": number(min(values)), "high": number(max(values))}
-            row["about"] = f"mean and range of {len(values)} seeds"
-        rows.append(row)
-    return rows
+def _measure_rows(rows: Sequence[tuple[Arm, dict[str, list[Measure]]]]) -> list[dict[str, Any]]:
+    """One row an accuracy and arm: mean over the seeds, and their range instead of an interval."""
+    found = []
+    for label in dict.fromkeys(label for _, measured in rows for label in measured):
+        for index, (arm, measured) in enumerate(rows):
+            if label not in measured:
+                continue
+            each = measured[label]
+            values = [measure.value for measure in each]
+            befores = [measure.before for measure in each if measure.before is not None]
+            mean = dataclasses.replace(
+                each[0], value=sum(values) / len(values), before=sum(befores) / len(befores) if befores else None
+            )
+            row = as_row(mean) | {"label": f"{arm.label}, {label}", "color": index}
+            if len(values) > 1:
+                row |= {"low": number(min(values)), "high": number(max(values))}
+                row["about"] = f"mean and range of {len(values)} seeds"
+            found.append(row)
+    return found
 
 
 def _headline(rows: Sequence[tuple[Arm, dict[str, list[Measure]]]]) -> str:
@@ -197,14 +208,14 @@ def _headline(rows: Sequence[tuple[Arm, dict[str, list[Measure]]]]) -> str:
         if label in found
     ]
     return f"{label[:1].upper() + label[1:]} accuracy: " + ", ".join(
-        f"{name} {100 * mean:.1f} %" for mean, name in sorted(means, reverse=True)
+        f"{name} {100 * mean:.1f}\u00a0%" for mean, name in sorted(means, reverse=True)
     )
 
 
 def _final_table(arms: Sequence[Arm]) -> dict[str, Any]:
     found = [_arm_measures(arm) for arm in arms]
     labels = list(dict.fromkeys(label for each in found for label in each))
-    columns: list[tuple[str, list[str]]] = [
+    columns: list[tuple[str, list[Cell]]] = [
         (f"{label[:1].upper() + label[1:]} %", [_accuracy(each.get(label, [])) for each in found]) for label in labels
     ]
     if any(measure.before is not None for each in found for of_label in each.values() for measure in of_label):
@@ -218,7 +229,10 @@ def _final_table(arms: Sequence[Arm]) -> dict[str, Any]:
     return {
         "id": "table",
         "title": "Final table",
-        "note": "Several seeds: mean (smallest to largest). One seed: the 95 % interval over the problems.",
+        "note": (
+            "Mean over the seeds, below it the smallest and the largest; for a single seed the 95\u00a0% interval over "
+            "the problems."
+        ),
         "columns": ["Arm", "Seeds", *(title for title, _ in columns)],
         "rows": [
             [arm.label, str(len(arm.runs)), *(cells[place] for _, cells in columns)] for place, arm in enumerate(arms)
@@ -239,20 +253,21 @@ def _at_end(run: WorkDir, metric: str) -> float | None:
     return sum(values[-width:]) / width
 
 
-def _spread(values: list[float], show: Callable[[float], str]) -> str:
+def _spread(values: list[float], show: Callable[[float], str]) -> Cell:
+    """The mean, and below it the range where there is one."""
     if not values:
         return "–"
     mean, low, high = show(sum(values) / len(values)), show(min(values)), show(max(values))
-    return mean if low == high else f"{mean} ({low} to {high})"
+    return mean if low == high else [mean, f"{low} to {high}"]
 
 
-def _accuracy(each: list[Measure]) -> str:
+def _accuracy(each: list[Measure]) -> Cell:
     if len(each) == 1 and (interval := each[0].interval) is not None:
-        return f"{100 * each[0].value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+        return [f"{100 * each[0].value:.1f}", f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"]
     return _spread([100 * measure.value for measure in each], lambda value: f"{value:.1f}")
 
 
-def _before(found: dict[str, list[Measure]]) -> str:
+def _before(found: dict[str, list[Measure]]) -> Cell:
     first = next(iter(found.values()), [])
     return _spread(
         [100 * measure.before for measure in first if measure.before is not None], lambda value: f"{value:.1f}"

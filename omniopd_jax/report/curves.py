@@ -20,6 +20,7 @@ class Chart:
     lines: tuple[tuple[str, str], ...]  # (metric, label)
     about: str = ""  # one sentence
     band: tuple[str, str] | None = None  # metrics of the lower and upper edge around the first line
+    is_noisy: bool = True  # a running mean helps the eye
 
 
 CHARTS = (
@@ -53,7 +54,7 @@ CHARTS = (
         "Mean absolute weight of chunks or branches. Near 0 there is nothing left to learn from.",
     ),
     Chart("Learning", "Gradient norm", "", (("optimizer/grad_norm", "gradient"),), "Before clipping."),
-    Chart("Learning", "Learning rate", "", (("optimizer/learning_rate", "learning rate"),)),
+    Chart("Learning", "Learning rate", "", (("optimizer/learning_rate", "learning rate"),), is_noisy=False),
     Chart(
         "The student",
         "Entropy",
@@ -109,9 +110,10 @@ CHARTS = (
         "Tokens so far",
         "tokens",
         (("teacher/total_tokens", "written"), ("teacher/total_prompt_tokens", "read")),
+        is_noisy=False,
     ),
-    Chart("The teacher", "Calls so far", "calls", (("teacher/total_calls", "calls"),)),
-    Chart("The teacher", "Spend so far", "$", (("teacher/total_dollars", "spend"),)),
+    Chart("The teacher", "Calls so far", "calls", (("teacher/total_calls", "calls"),), is_noisy=False),
+    Chart("The teacher", "Spend so far", "$", (("teacher/total_dollars", "spend"),), is_noisy=False),
     Chart(
         "Time",
         "Seconds by phase",
@@ -121,11 +123,12 @@ CHARTS = (
             ("time/score_s", "score"),
             ("time/audit_s", "audit"),
             ("time/update_s", "update"),
+            ("time/evaluate_s", "evaluate"),
+            ("time/checkpoint_s", "checkpoint"),
         ),
     ),
     Chart("Time", "A whole step", "s", (("time/step_s", "step"),)),
 )
-EVALUATION = "Held-out problems"  # group of the charts made from eval/*
 
 
 def run_curves(workdir: WorkDir) -> list[dict[str, Any]]:
@@ -137,6 +140,7 @@ def run_curves(workdir: WorkDir) -> list[dict[str, Any]]:
             "title": chart.title,
             "unit": chart.unit,
             "about": chart.about,
+            "noisy": chart.is_noisy,
             "x": steps,
             "lines": [_line(workdir, chart, place) for place in range(len(chart.lines))],
         }
@@ -175,7 +179,7 @@ def charts_of(workdirs: Iterable[WorkDir]) -> list[Chart]:
 def _evaluation_charts(present: set[str]) -> list[Chart]:
     """One chart for the accuracies among eval/*, which are shares; the rest of them is left to "everything else"."""
     lines = tuple((name, label) for name in sorted(present) if (label := accuracy_label(name)) is not None)
-    return [Chart(EVALUATION, "Accuracy", "share", lines)] if lines else []
+    return [Chart("Learning", "Held-out accuracy", "share", lines, is_noisy=False)] if lines else []
 
 
 def accuracy_label(name: str) -> str | None:

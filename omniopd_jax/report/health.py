@@ -47,7 +47,7 @@ def _end(workdir: WorkDir, name: str) -> float | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+    return f"{100 * share:.0f}\u00a0%" if share >= 0.1 or share == 0 else f"{100 * share:.1f}\u00a0%"
 
 
 def _not_finite(workdir: WorkDir) -> Finding:
@@ -77,8 +77,8 @@ def _length(workdir: WorkDir) -> Finding:
             "alarm",
             "Responses are getting longer and longer",
             f"They grew from {first:.0f} to {last:.0f} tokens on average, and {_percent(truncated)} now hit the length "
-            "limit. The usual causes are a stop token that the teacher never writes, a chat template that does not fit, "
-            "or too weak an anchor.",
+            "limit. The usual causes are a stop token that the teacher never writes, a chat template that does not "
+            "fit, or too weak an anchor.",
         )
     return Finding("fine", "Length of responses", f"From {first:.0f} to {last:.0f} tokens on average.")
 
@@ -110,7 +110,7 @@ def _repetition(workdir: WorkDir) -> Finding:
             "alarm",
             "The student repeats itself",
             f"{_percent(last)} of all four-token runs stood in the same response before, {_percent(first)} did at "
-            "first. Loops like these are rewarded where the teacher, too, would go round; look at the longest responses.",
+            "first. Loops like these pay where the teacher, too, would go round; look at the longest responses.",
         )
     return Finding("fine", "Repetition", f"From {_percent(first)} to {_percent(last)} of four-token runs.")
 
@@ -127,9 +127,9 @@ def _entropy(workdir: WorkDir) -> Finding:
         return Finding(
             "alarm",
             "Entropy has collapsed",
-            f"It fell from {first:.3f} to {last:.3f} nats a token, so the student hardly varies its answers any more and "
-            f"has little left to learn from.{at_forks} A lower learning rate, a stronger anchor, or repulsion between "
-            "branches keeps variety.",
+            f"It fell from {first:.3f} to {last:.3f} nats a token, so the student hardly varies its answers any more "
+            f"and has little left to learn from.{at_forks} A lower learning rate, a stronger anchor, or repulsion "
+            "between branches keeps variety.",
         )
     return Finding("fine", "Entropy", f"From {first:.3f} to {last:.3f} nats a token.{at_forks}")
 
@@ -143,7 +143,7 @@ def _unanimous(workdir: WorkDir) -> Finding:
             "alarm",
             "The teacher gives one answer only",
             f"At {_percent(share)} of the chunks all its continuations are the same text. A server that ignores the "
-            "temperature looks like this: similarity is then all or nothing, and every sample after the first is wasted.",
+            "temperature looks like this: similarity is then all or nothing, and all samples but one are wasted.",
         )
     return Finding("fine", "Variety of the teacher", f"It is unanimous at {_percent(share)} of the chunks.")
 
@@ -157,8 +157,8 @@ def _silence(workdir: WorkDir) -> Finding:
         return Finding(
             "alarm",
             "The teacher is dead",
-            f"{_percent(missing)} of the continuations asked for are missing at the end of the log. Without answers the "
-            "student follows the anchor alone.",
+            f"{_percent(missing)} of the continuations asked for are missing at the end of the log. Without answers "
+            "the student follows the anchor alone.",
         )
     if missing > 0.2:
         return Finding(
@@ -183,8 +183,8 @@ def _anchor(workdir: WorkDir) -> Finding:
         return Finding(
             "alarm",
             "The anchor is starving",
-            f"Only {_percent(anchored)} of the response tokens carry the KL to the base model. Short responses and many "
-            "chunks leave it nothing to hold, and runs without it collapse: lower audit.max_fraction, or set "
+            f"Only {_percent(anchored)} of the response tokens carry the KL to the base model. Short responses and "
+            "many chunks leave it nothing to hold, and runs without it collapse: lower audit.max_fraction, or set "
             "objective.anchor_tokens=all.",
         )
     return Finding("fine", "Anchor", f"{_percent(anchored)} of the response tokens carry it.")
@@ -199,8 +199,8 @@ def _advantage(workdir: WorkDir) -> Finding:
         return Finding(
             "alarm",
             "There is no signal left",
-            f"The mean size of the weights fell from {first:.3g} to {last:.3g}: all chunks or branches are now alike to "
-            "the teacher, and further steps change little.",
+            f"The mean size of the weights fell from {first:.3g} to {last:.3g}: all chunks or branches are now alike "
+            "to the teacher, and further steps change little.",
         )
     return Finding("fine", "Signal", f"The mean size of the weights went from {first:.3g} to {last:.3g}.")
 

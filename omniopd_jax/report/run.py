@@ -38,12 +38,13 @@ def write_report(
     run = with_derived(read_workdir(workdir))
     audits = read_audits(run)
     found = measures(run)
-    headline, lead = _headline(run, found)
+    headline, interval = _headline(run, found)
     head = {
         "name": run.name,
         "kicker": " · ".join(part for part in _kicker(run) if part),
         "headline": headline,
-        "lead": lead,
+        "interval": interval,
+        "lead": _state(run) if found else "Nothing has been measured on held-out problems yet.",
         "measures": [as_row(measure) for measure in found],
         "facts": _facts(run, audits.num_audits),
         "tables": [],
@@ -84,10 +85,8 @@ def _kicker(run: WorkDir) -> list[str]:
     teacher = run.setting("teacher.model") or Path(str(run.setting("teacher.path") or "")).name
     student = Path(str(run.setting("student.path") or "")).name
     return [
-        "Run report",
-        {"verify": "OmniOPD as published", "branch": "branches of the student"}.get(
-            str(run.setting("objective.arm")), ""
-        ),
+        run.name,
+        f"arm {run.setting('objective.arm')}" if run.setting("objective.arm") else "",
         f"student {student}" if student else "",
         f"teacher {teacher}" if teacher else "",
         f"seed {run.setting('train.seed')}" if run.setting("train.seed") is not None else "",
@@ -95,26 +94,25 @@ def _kicker(run: WorkDir) -> list[str]:
 
 
 def _headline(run: WorkDir, found: list[Measure]) -> tuple[str, str]:
-    """(one sentence that is the result, how far the run is)."""
-    state = _state(run)
+    """(the result in one sentence, its interval)."""
     if not found:
-        return state, "Nothing has been measured on held-out problems yet."
+        return _state(run).rstrip("."), ""
     first = found[0]
     interval = first.interval
-    between = f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    between = f"95\u00a0% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
     if first.before is None:
-        return f"{100 * first.value:.1f} % of held-out problems solved{between}", state
+        return f"{100 * first.value:.1f}\u00a0% of held-out problems solved", between
     verb = "rose" if first.value > first.before else "fell" if first.value < first.before else "stayed"
     return (
-        f"{first.label[:1].upper() + first.label[1:]} accuracy {verb} from {100 * first.before:.1f} % to "
-        f"{100 * first.value:.1f} %{between}",
-        state,
+        f"{first.label[:1].upper() + first.label[1:]} accuracy {verb} from {100 * first.before:.1f}\u00a0% to "
+        f"{100 * first.value:.1f}\u00a0%",
+        between,
     )
 
 
 def _state(run: WorkDir) -> str:
     steps, last = run.setting("train.steps"), run.last_step
-    if not run.metrics:
+    if not last:
         return "No step has been finished yet."
     if not isinstance(steps, int) or isinstance(steps, bool):
         return f"{last:,} steps done."
@@ -130,10 +128,10 @@ def _facts(run: WorkDir, num_audits: int) -> list[list[str]]:
         _, values = run.series(name)
         return values[-1] if values else None
 
-    facts = [["Steps", f"{run.last_step:,}"]] if run.metrics else []
+    facts = [["Steps", f"{run.last_step:,}"]] if run.last_step else []
     batch = run.setting("rollout.batch_size")
-    if run.metrics and isinstance(batch, int):
-        facts.append(["Responses", f"{len(run.metrics) * batch:,}"])
+    if run.last_step and isinstance(batch, int):
+        facts.append(["Responses", f"{run.last_step * batch:,}"])
     if num_audits:
         facts.append(["Audited chunks logged", f"{num_audits:,}"])
     if (tokens := last("teacher/total_tokens")) is not None:

@@ -166,7 +166,7 @@ def _solution(left: int, right: int, right_share: float, rng: random.Random) -> 
         carry = total // 10 if rng.random() < right_share else 0
     digits.append(carry)
     text += "answer " + " ".join(str(digit) for digit in reversed(digits))
-    return [word + " " for word in text.split()][:-1] + [text.split()[-1], ""]
+    return [*[word + " " for word in text.split()][:-1], text.split()[-1], ""]
 
 
 def _response(
@@ -306,7 +306,7 @@ def _damage(path: Path) -> None:
     )
     rollouts = (path / "rollouts.jsonl").read_bytes().splitlines()
     first = json.loads(rollouts[0])
-    first["tokens"] = first["tokens"][:-1] + ["x " * 2**19, ""]
+    first["tokens"] = [*first["tokens"][:-1], "x " * 2**19, ""]
     first["entropy"] = [None, "a", 1e400, *first["entropy"]]
     rollouts[0] = json.dumps(first).encode()
     rollouts[1] = rollouts[1].replace(b"answer", b"ans\xff\xc3er")

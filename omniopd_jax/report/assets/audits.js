@@ -92,8 +92,8 @@ async function auditViewer(parent, settings) {
     const node = el("div", { class: "row", role: "option", id: `row-${i}`, "aria-selected": String(place === state.at),
       "aria-setsize": state.shown.length, "aria-posinset": place + 1, onclick: () => choose(place) },
       show(el("div", { class: "label", dir: "auto" }), prompt.label || prompt.id || "(no prompt in the log)"),
-      el("div", { class: "about" }, el("span", {}, `step ${columns.step[i]} · #${columns.row[i]}`), el("span", {}, plural(columns.chunks[i], "chunk")),
-        similarity === null ? null : meter(similarity), similarity === null ? null : el("span", { title: "mean similarity" }, similarity.toFixed(2))));
+      el("div", { class: "about" }, el("span", {}, `step ${columns.step[i]} · #${columns.row[i]}`),
+        ...(similarity === null ? [] : [meter(similarity), el("span", { title: "mean similarity of its chunks" }, similarity.toFixed(2))])));
     node.style.top = `${place * ROW_HEIGHT}px`;
     return node;
   }
@@ -252,7 +252,7 @@ async function auditViewer(parent, settings) {
       el("td", { class: "n" }, columns.similarity[i] === null ? "–" : columns.similarity[i].toFixed(2)),
       el("td", { class: "n" }, count(columns.tokens[i]))));
     }
-    const head = ["Step", "log-prob. a token", "against the first", "similarity", "tokens"];
+    const head = ["Step", "log-prob./token", "change", "similarity", "tokens"];
     return el("div", { class: "same" }, el("p", { class: "label-line" }, "The same prompt through the run"),
       el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...head.map((name, i) => el("th", { class: i ? "n" : null, scope: "col" }, name)))), body)),
       same.length > 60 ? el("p", { class: "note" }, `and ${count(same.length - 60)} more`) : null);
@@ -281,6 +281,8 @@ function chunkPane(audits, place, settings, openChunk) {
   const where = [];
   if (audit.start !== null) where.push(audit.num_tokens ? `tokens ${audit.start} to ${audit.start + audit.num_tokens - 1}` : `from token ${audit.start}`);
   if (audit.entropy !== null) where.push(`entropy ${number(audit.entropy, "nats")} where it starts`);
+  if (audit.moved) where.push(`compared from ${plural(audit.moved, "token")} earlier, where a character begins`);
+  if (audit.is_end) where.push("the answer ends in it");
   parts.push(el("p", { class: "where" }, where.join(" · ")));
   parts.push(sums(audit, settings));
 

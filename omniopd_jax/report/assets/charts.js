@@ -27,7 +27,7 @@ function runningMean(values, width) {
 }
 
 /**
- * A chart card. spec: {title, unit, about, x: steps, lines: [{label, values, low?, high?, color?}]}.
+ * A chart card. spec: {title, unit, about, noisy, x: steps, lines: [{label, values, low?, high?, color?}]}.
  * Nothing is drawn before the card comes near the window.
  */
 function chart(spec) {
@@ -53,8 +53,6 @@ function chart(spec) {
     legend.append(item);
     return cell;
   }) : [value];
-  if (cells[0] === value) legend.remove();
-
   const state = { card, plot, spec, lines, picture: null, place: null };
   state.read = (place) => {
     state.place = place;
@@ -103,21 +101,24 @@ function moveAlong(event, state, spoken) {
 function draw(state) {
   if (state.picture) state.picture.destroy();
   const { spec, lines, plot } = state;
-  const isSmooth = smoothing && spec.x.length >= SMOOTH_FROM && lines.every((line) => !line.low);
-  const width = Math.max(3, Math.round(spec.x.length / 25)) | 1;
+  const isSmooth = smoothing && spec.noisy && spec.x.length >= SMOOTH_FROM;
+  const width = Math.max(3, Math.round(spec.x.length / 20)) | 1;
+  const even = (values) => (isSmooth ? runningMean(values, width) : values);
   const data = [spec.x], series = [{}], bands = [];
   for (const line of lines) {
     const stroke = color(line.index), dash = DASHES[line.index % DASHES.length];
     const isSparse = line.values.filter((value) => value !== null).length <= 24;
     if (line.low) {
-      data.push(line.high, line.low);
+      data.push(even(line.high), even(line.low));
       series.push({ stroke: "transparent", spanGaps: true, points: { show: false } }, { stroke: "transparent", spanGaps: true, points: { show: false } });
       bands.push({ series: [series.length - 2, series.length - 1], fill: stroke + "2e" });
     }
     if (isSmooth && !isSparse) {
-      data.push(line.values);
-      series.push({ stroke: stroke + "55", width: 1, spanGaps: true, points: { show: false } });
-      data.push(runningMean(line.values, width));
+      if (!line.low) {
+        data.push(line.values);
+        series.push({ stroke: stroke + "55", width: 1, spanGaps: true, points: { show: false } });
+      }
+      data.push(even(line.values));
       series.push({ stroke, width: 2, dash, spanGaps: true, points: { show: false } });
     } else {
       data.push(line.values);
@@ -127,13 +128,13 @@ function draw(state) {
   const axis = { stroke: style("soft"), font: "11px " + style("sans"), ticks: { show: false } };
   const isZeroBased = ["share", "tokens", "s", "$", "calls"].includes(spec.unit);
   state.picture = new uPlot({
-    width: Math.max(160, plot.clientWidth), height: 150, series, bands, padding: [8, 6, 0, 0],
+    width: Math.max(160, plot.clientWidth), height: 150, series, bands, padding: [8, 14, 0, 0],
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "steps" }, points: { size: 6 } },
     scales: { x: { time: false }, y: { range: (_, low, high) => yRange(low, high, isZeroBased) } },
     axes: [
       { ...axis, grid: { show: false }, size: 24, gap: 4, space: 56, values: (_, splits) => splits.map((step) => (Number.isInteger(step) ? count(step) : "")) },
-      { ...axis, grid: { stroke: style("line"), width: 1 }, gap: 4, space: 34, values: (_, splits) => tickLabels(splits, spec.unit),
+      { ...axis, grid: { stroke: style("line"), width: 1 }, gap: 4, space: 30, values: (_, splits) => tickLabels(splits, spec.unit),
         size: (_, labels) => 12 + 6.2 * Math.max(2, ...(labels || []).map((label) => label.length)) },
     ],
     hooks: { setCursor: [(picture) => state.read(picture.cursor.idx ?? null)] },
@@ -149,9 +150,10 @@ function yRange(low, high, isZeroBased) {
 
 function tickLabels(splits, unit) {
   const most = Math.max(...splits.map(Math.abs)), gap = splits.length > 1 ? splits[1] - splits[0] : most;
-  if (unit === "share") return splits.map((v) => `${+(100 * v).toFixed(gap < 0.001 ? 2 : gap < 0.01 ? 1 : 0)} %`);
+  if (unit === "share") return splits.map((v) => `${+(100 * v).toFixed(gap < 0.001 ? 2 : gap < 0.01 ? 1 : 0)}\u00a0%`);
   const [scale, mark] = most >= 1e9 ? [1e9, "G"] : most >= 1e6 ? [1e6, "M"] : most >= 1e4 ? [1e3, "k"] : [1, ""];
-  const digits = Math.max(0, Math.min(8, Math.ceil(-Math.log10(gap / scale) - 1e-9)));
+  let digits = 0;
+  while (digits < 8 && splits.some((v) => Math.abs(v / scale - Number((v / scale).toFixed(digits))) > gap / scale / 100)) digits++;
   return splits.map((v) => (most < 1e-4 && v !== 0 ? v.toExponential(0) : minus((v / scale).toFixed(digits)) + (v ? mark : "")));
 }
 

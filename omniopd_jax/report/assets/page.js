@@ -9,7 +9,9 @@ function section(id, title, ...children) {
 
 function resultSection() {
   const node = el("section", { id: "result", "aria-label": "Result" });
-  node.append(show(el("p", { class: "kicker" }), head.kicker), show(el("h1"), head.headline));
+  const headline = show(el("h1"), head.headline);
+  if (head.interval) headline.append(" ", show(el("span"), head.interval));
+  node.append(show(el("p", { class: "kicker" }), head.kicker), headline);
   if (head.lead) node.append(show(el("p", { class: "lead" }), head.lead));
   if (head.measures.length) node.append(el("div", { class: "measures card" }, ...head.measures.map(measure)));
   if (head.facts.length) node.append(el("dl", { class: "facts" }, ...head.facts.map(([name, value]) => el("div", {}, show(el("dt"), name), show(el("dd"), value)))));
@@ -21,7 +23,7 @@ function measure(item) {
   const name = show(el("div", { class: "name" }), item.label);
   if (item.about) name.append(show(el("small"), item.about));
   const value = el("div", { class: "value" }, number(item.value, "share"));
-  if (item.low !== null) value.append(el("small", {}, `${fixed(100 * item.low, 1)} to ${fixed(100 * item.high, 1)} %`));
+  if (item.low !== null) value.append(el("small", {}, `${(100 * item.low).toFixed(1)} to ${(100 * item.high).toFixed(1)}\u00a0%`));
   return el("div", { class: "measure" }, name, value, range(item));
 }
 
@@ -34,19 +36,20 @@ function range(item) {
     return node;
   };
   const at = (share) => `${100 * share}%`;
+  const stroke = `var(--s${(item.color || 0) % 8})`;
   const spoken = item.before === null ? number(item.value, "share") : `from ${number(item.before, "share")} to ${number(item.value, "share")}`;
   const svg = make("svg", { role: "img", "aria-label": `${item.label}: ${spoken}` });
   svg.append(make("line", { x1: "0", x2: "100%", y1: 14, y2: 14, stroke: "var(--line)", "stroke-width": 2 }));
   for (const share of [0, 0.25, 0.5, 0.75, 1]) {
     svg.append(make("line", { x1: at(share), x2: at(share), y1: 10, y2: 18, stroke: "var(--line)", "stroke-width": 1 }));
-    svg.append(make("text", { x: at(share), y: 34, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" }, `${100 * share} %`));
+    svg.append(make("text", { x: at(share), y: 34, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" }, `${100 * share}\u00a0%`));
   }
   if (item.before !== null) {
-    svg.append(make("line", { x1: at(item.before), x2: at(item.value), y1: 14, y2: 14, stroke: "var(--s0)", "stroke-width": 2, opacity: 0.45 }));
-    svg.append(make("circle", { cx: at(item.before), cy: 14, r: 5, fill: "var(--card)", stroke: "var(--s0)", "stroke-width": 2 }));
+    svg.append(make("line", { x1: at(item.before), x2: at(item.value), y1: 14, y2: 14, stroke, "stroke-width": 2, opacity: 0.45 }));
+    svg.append(make("circle", { cx: at(item.before), cy: 14, r: 5, fill: "var(--card)", stroke, "stroke-width": 2 }));
   }
-  if (item.low !== null) svg.append(make("line", { x1: at(item.low), x2: at(item.high), y1: 14, y2: 14, stroke: "var(--s0)", "stroke-width": 7, opacity: 0.35, "stroke-linecap": "round" }));
-  svg.append(make("circle", { cx: at(item.value), cy: 14, r: 5.5, fill: "var(--s0)" }));
+  if (item.low !== null) svg.append(make("line", { x1: at(item.low), x2: at(item.high), y1: 14, y2: 14, stroke, "stroke-width": 7, opacity: 0.35, "stroke-linecap": "round" }));
+  svg.append(make("circle", { cx: at(item.value), cy: 14, r: 5.5, fill: stroke }));
   return svg;
 }
 
@@ -73,7 +76,7 @@ function curvesSection() {
     if (!groups.has(spec.group)) groups.set(spec.group, []);
     groups.get(spec.group).push(spec);
   }
-  const isLong = head.curves.some((spec) => spec.x.length >= SMOOTH_FROM && spec.lines.every((line) => !line.low));
+  const isLong = head.curves.some((spec) => spec.noisy && spec.x.length >= SMOOTH_FROM);
   if (isLong) heading.append(el("label", {}, el("input", { type: "checkbox", checked: true, onchange: (event) => setSmoothing(event.target.checked) }), " running mean in bold"));
   if (head.band) heading.append(show(el("p", { class: "note" }), head.band));
   for (const [name, specs] of groups) {
@@ -94,26 +97,33 @@ function auditsSection() {
   return node;
 }
 
+/** A table; a cell is a text, or [text, small text below it]. */
 function table(columns, rows, isNumber) {
   const headRow = el("tr", {}, ...columns.map((name, i) => show(el("th", { scope: "col", class: isNumber(i) ? "n" : null }), name)));
-  return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, headRow), el("tbody", {}, ...rows.map((row) => el("tr", {},
-    ...row.map((cell, i) => show(i ? el("td", { class: isNumber(i) ? "n" : null }) : el("th", { scope: "row" }), cell)))))));
+  const cell = (content, i) => {
+    const [text, small] = Array.isArray(content) ? content : [content, ""];
+    const node = show(i ? el("td", { class: isNumber(i) ? "n" : null, "data-column": columns.length > 2 ? columns[i] : null }) : el("th", { scope: "row" }), text);
+    if (small) node.append(show(el("small"), small));
+    return node;
+  };
+  return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": columns[0] },
+    el("table", {}, el("thead", {}, headRow), el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map(cell))))));
 }
 
 function settingsSection() {
   const { node } = section("settings", "Settings");
   const { changed, all } = head.settings;
-  if (changed && changed.length) node.append(el("div", { class: "settings card" }, table(["Changed from the default", "This run", "Default"], changed, () => false)));
+  if (changed && changed.length) node.append(el("div", { class: "settings named card" }, table(["Changed from the default", "This run", "Default"], changed, () => false)));
   else if (changed) node.append(el("p", { class: "note" }, "Every setting is at its default."));
   if (all.length) node.append(el("details", { class: "quiet", open: !changed }, el("summary", {}, `All ${all.length} settings`),
-    el("div", { class: "settings card" }, table(["Setting", "Value"], all, () => false))));
+    el("div", { class: "settings named card" }, table(["Setting", "Value"], all, () => false))));
   else node.append(el("p", { class: "empty" }, "There is no config.json."));
   return node;
 }
 
 function tablesSections() {
   return head.tables.map(({ id, title, note, columns, rows, numeric }) => {
-    const { node, heading } = section(id, title, el("div", { class: "settings card" }, table(columns, rows, (i) => i >= numeric)));
+    const { node, heading } = section(id, title, el("div", { class: id === "differences" ? "settings named card" : "settings card" }, table(columns, rows, (i) => i >= numeric)));
     if (note) heading.append(show(el("p", { class: "note" }), note));
     return node;
   });

@@ -58,11 +58,11 @@ function count(value) {
 /** A number as one reads it, with its unit. */
 function number(value, unit = "") {
   if (value === null || value === undefined) return "–";
-  if (unit === "share") return `${fixed(100 * value, Math.abs(value) < 0.1 ? 2 : 1)} %`;
+  if (unit === "share") return `${fixed(100 * value, value && Math.abs(value) < 0.1 ? 2 : 1)}\u00a0%`;
   if (unit === "$") return `$${Math.abs(value) < 10 ? fixed(value, value !== 0 && Math.abs(value) < 0.1 ? 4 : 2) : count(value)}`;
   if (unit === "s" && Math.abs(value) >= 120) return value < 7200 ? `${fixed(value / 60, 1)} min` : `${fixed(value / 3600, 1)} h`;
   const shown = plain(value);
-  return unit ? `${shown} ${unit}` : shown;
+  return unit ? `${shown}\u00a0${unit}` : shown;
 }
 
 function plain(value) {
