@@ -8,6 +8,9 @@ so a query that sees nothing (padding) yields finite garbage and finite gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -95,3 +98,22 @@ def branch_attention(
     own_weights = weights[..., s:].swapaxes(1, 2).reshape(b * r, kv_heads, groups * c, j)
     own_out = jax.lax.dot_general(own_weights, own_v, _MATMUL).reshape(b, r, kv_heads, groups, c, e)
     return (out + own_out.swapaxes(1, 2)).transpose(0, 2, 4, 1, 3, 5).reshape(b, r, c, h, e)
+
+
+def in_blocks(function: Callable[[Any], Array], arrays: tuple[Array, ...], size: int) -> Array:
+    """`function` over blocks of axis 1, one after the other and rematerialised: scores of one block exist at a time.
+
+    Arrays may have 1 in place of B. The last block is padded with zeros, whose results are cut off.
+    """
+    length = arrays[0].shape[1]
+    if length <= size:
+        return function(arrays)
+    num_blocks = -(-length // size)
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, num_blocks * size - length) if axis == 1 else (0, 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(padded.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(function), tuple(split(x) for x in arrays))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], num_blocks * size, *out.shape[3:])[:, :length]

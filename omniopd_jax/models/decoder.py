@@ -8,19 +8,18 @@ Hidden states come back after the final norm, ready for `unembedding`; logits ov
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from omniopd_jax.models.attention import attention, branch_attention
+from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, StepContext, TreeContext
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
-from omniopd_jax.models.rope import rotate, rotation
+from omniopd_jax.models.layers import Layer, LayerTraits, RMSNorm
+from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
 
 Remat = Literal["none", "full", "dots"]
@@ -34,301 +33,6 @@ class Model:
     module: Decoder = struct.field(pytree_node=False)
     params: PyTree
     adapters: PyTree | None = None  # LoRA weights; None: the base model
-
-
-# --- what attention needs to know, one structure a way of reading ----------------------------------------------------
-
-
-@struct.dataclass
-class LayerTraits:
-    """What differs between layers. Arrays under the scan, plain ints where layers are walked one by one."""
-
-    window: Array | int  # tokens that a query sees, itself included
-    rope_index: Array | int
-
-
-@struct.dataclass
-class CausalContext:
-    """Every token sees the real tokens before it and itself."""
-
-    mask_BxS: Array
-    position_BxS: Array
-    is_windowed: bool = struct.field(pytree_node=False)
-
-    def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
-        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        is_visible = causal_mask(self.mask_BxS, self.position_BxS, window, self.is_windowed)
-        return attention(q, k, v, is_visible, **options), (k, v)
-
-
-@struct.dataclass
-class TreeContext:
-    """Tokens [0, S) are a trunk, the rest are R branches of C tokens, flattened."""
-
-    mask_BxS: Array
-    position_BxS: Array
-    branch_mask_BxRxC: Array
-    branch_position_BxRxC: Array
-    branch_start_BxR: Array
-    is_windowed: bool = struct.field(pytree_node=False)
-
-    def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
-        b, s = self.mask_BxS.shape
-        r, c = self.branch_mask_BxRxC.shape[1:]
-        trunk_k, trunk_v = k[:, :s].transpose(0, 2, 3, 1), v[:, :s].swapaxes(1, 2)
-        own_k = k[:, s:].reshape(b, r, c, *k.shape[2:]).transpose(0, 1, 3, 4, 2)
-        own_v = v[:, s:].reshape(b, r, c, *v.shape[2:]).swapaxes(2, 3)
-        position = self.branch_position_BxRxC
-        sees_trunk = self.mask_BxS[:, None] & (jnp.arange(s) < self.branch_start_BxR[..., None])
-        sees_trunk = sees_trunk[:, :, None]  # the same for the C tokens of a branch, but for windows
-        sees_own = self.branch_mask_BxRxC[:, :, None] & jnp.tri(c, dtype=bool)
-        if self.is_windowed:
-            sees_trunk = sees_trunk & (position[..., None] - self.position_BxS[:, None, None] < window)
-            sees_own = sees_own & (position[..., :, None] - position[..., None, :] < window)
-        trunk = attention(
-            q[:, :s],
-            trunk_k,
-            trunk_v,
-            causal_mask(self.mask_BxS, self.position_BxS, window, self.is_windowed),
-            **options,
-        )
-        branch_q = q[:, s:].reshape(b, r, c, *q.shape[2:])
-        branch = branch_attention(branch_q, trunk_k, trunk_v, sees_trunk, own_k, own_v, sees_own, **options)
-        return jnp.concatenate([trunk, branch.reshape(b, r * c, *q.shape[2:])], axis=1), None
-
-
-@struct.dataclass
-class StepContext:
-    """One new token a row, over the cache of one layer."""
-
-    k_BxKxExS: Array
-    v_BxKxSxE: Array
-    mask_BxS: Array  # the new column included
-    position_BxS: Array
-    token_position_B: Array
-    column: Array
-
-    def attend(self, q: Array, k: Array, v: Array, window: int, **options: Any) -> tuple[Array, Any]:
-        k = jax.lax.dynamic_update_slice(self.k_BxKxExS, k.transpose(0, 2, 3, 1), (0, 0, 0, self.column))
-        v = jax.lax.dynamic_update_slice(self.v_BxKxSxE, v.swapaxes(1, 2), (0, 0, self.column, 0))
-        is_visible = self.mask_BxS
-        if window:
-            is_visible = is_visible & (self.token_position_B[:, None] - self.position_BxS < window)
-        return attention(q, k, v, is_visible[:, None], **options), (k, v)
-
-
-@struct.dataclass
-class BranchStepContext:
-    """One new token a branch, over the trunk's cache of one layer and the branch's own."""
-
-    trunk_k_BxKxExS: Array
-    trunk_v_BxKxSxE: Array
-    own_k_BxRxKxExC: Array
-    own_v_BxRxKxCxE: Array
-    sees_trunk_BxRxS: Array
-    trunk_position_BxS: Array
-    token_position_BxR: Array
-    column: Array
-
-    def attend(self, q: Array, k: Array, v: Array, window: int, **options: Any) -> tuple[Array, Any]:
-        k = jax.lax.dynamic_update_slice(self.own_k_BxRxKxExC, k[..., None], (0, 0, 0, 0, self.column))
-        v = jax.lax.dynamic_update_slice(self.own_v_BxRxKxCxE, v[:, :, :, None], (0, 0, 0, self.column, 0))
-        own_column = jnp.arange(k.shape[4])
-        sees_trunk, sees_own = self.sees_trunk_BxRxS, own_column <= self.column
-        if window:
-            distance = self.token_position_BxR[..., None] - self.trunk_position_BxS[:, None]
-            sees_trunk = sees_trunk & (distance < window)
-            sees_own = sees_own & (self.column - own_column < window)
-        sees_own = jnp.broadcast_to(sees_own, (*sees_trunk.shape[:2], 1, k.shape[4]))
-        out = branch_attention(
-            q[:, :, None],
-            self.trunk_k_BxKxExS,
-            self.trunk_v_BxKxSxE,
-            sees_trunk[:, :, None],
-            k,
-            v,
-            sees_own,
-            **options,
-        )
-        return out[:, :, 0], (k, v)
-
-
-def causal_mask(mask_BxS: Array, position_BxS: Array, window: Array | int, is_windowed: bool) -> Array:
-    """is_visible_BxSxS: real keys at or before the query's column, fewer than `window` positions behind it."""
-    is_visible = mask_BxS[:, None, :] & jnp.tri(mask_BxS.shape[1], dtype=bool)
-    if is_windowed:
-        is_visible = is_visible & (position_BxS[:, :, None] - position_BxS[:, None, :] < window)
-    return is_visible
-
-
-# --- modules ---------------------------------------------------------------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · (scale + offset), float32 inside. `num_axes` last axes are normalised together."""
-
-    eps: float
-    offset: float = 0.0
-    num_axes: int = 1
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        axes = tuple(range(-self.num_axes, 0))
-        shape = x.shape[-self.num_axes :]
-        start = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", start, shape, self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + self.eps)
-        return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """x · kernel (+ bias) (+ the adapter's x · a · b · scale, if it has one). Kernels are [*in, *out]."""
-
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    has_bias: bool = False
-    gain: float = 1.0  # of the initial kernel, beside 1 / sqrt(inputs)
-    adapter_scale: float = 1.0
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        num_in = len(self.in_shape)
-        std = self.gain * float(np.prod(self.in_shape)) ** -0.5
-        start = nn.initializers.normal(std)
-        kernel = self.param("kernel", start, (*self.in_shape, *self.out_shape), self.param_dtype)
-        y = _contract(x, kernel, num_in)
-        if self.has_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
-            y = y + bias.astype(x.dtype)
-        if self.has_variable("lora", "a"):
-            low = _contract(x, self.get_variable("lora", "a"), num_in)
-            y = y + _contract(low, self.get_variable("lora", "b"), 1) * jnp.asarray(self.adapter_scale, x.dtype)
-        return y
-
-
-def _contract(x: Array, kernel: Array, num_in: int) -> Array:
-    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
-
-
-class Attention(nn.Module):
-    config: DecoderConfig
-    adapter_scale: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, rope: tuple[Array, Array], traits: LayerTraits, context: Any) -> tuple[Array, Any]:
-        c = self.config
-        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
-        width, heads, kv_heads = (c.hidden_size,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        q = linear(width, heads, c.has_qkv_bias, name="q_proj")(x)
-        k = linear(width, kv_heads, c.has_qkv_bias, name="k_proj")(x)
-        v = linear(width, kv_heads, c.has_qkv_bias, name="v_proj")(x)
-        if c.qk_norm != "none":
-            num_axes = 1 if c.qk_norm == "head" else 2
-            norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, num_axes, self.param_dtype)
-            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        cos, sin = rope
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out, kept = context.attend(q, k, v, traits.window, scale=c.attention_scale, softcap=c.attention_softcap)
-        gain = (2 * c.num_layers) ** -0.5  # the residual stream's variance does not grow with depth
-        return linear(heads, width, c.has_o_bias, gain, name="o_proj")(out), kept
-
-
-class FeedForward(nn.Module):
-    """down(activation(gate(x)) · up(x))."""
-
-    config: DecoderConfig
-    adapter_scale: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
-        width, inner = (c.hidden_size,), (c.mlp_dim,)
-        gate = linear(width, inner, c.has_mlp_bias, name="gate_proj")(x)
-        up = linear(width, inner, c.has_mlp_bias, name="up_proj")(x)
-        gain = (2 * c.num_layers) ** -0.5
-        return linear(inner, width, c.has_mlp_bias, gain, name="down_proj")(activate(c.activation, gate) * up)
-
-
-class RoutedFeedForward(nn.Module):
-    """Each token goes through its `experts_per_token` likeliest experts; X experts.
-
-    The tokens' copies are sorted by expert, and one ragged product a matrix serves all experts.
-    """
-
-    config: DecoderConfig
-    adapter_scale: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        experts, width, inner = c.num_experts, c.hidden_size, c.mlp_dim
-        tokens = x.reshape(-1, width)
-        router = Linear((width,), (experts,), param_dtype=self.param_dtype, name="router")
-        probability = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
-        weight, expert = jax.lax.top_k(probability, c.experts_per_token)
-        if c.is_topk_normalised:
-            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-
-        def kernel(name: str, inputs: int, outputs: int, gain: float = 1.0) -> Array:
-            start = nn.initializers.normal(gain * inputs**-0.5)
-            return self.param(name, start, (experts, inputs, outputs), self.param_dtype).astype(x.dtype)
-
-        order = jnp.argsort(expert.reshape(-1))
-        rows = tokens[order // c.experts_per_token]
-        sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
-        gate = jax.lax.ragged_dot(rows, kernel("gate_proj", width, inner), sizes)
-        up = jax.lax.ragged_dot(rows, kernel("up_proj", width, inner), sizes)
-        down = kernel("down_proj", inner, width, (2 * c.num_layers) ** -0.5)
-        out = jax.lax.ragged_dot(activate(c.activation, gate) * up, down, sizes)
-        out = out * weight.reshape(-1)[order, None].astype(x.dtype)
-        return jnp.zeros_like(tokens).at[order // c.experts_per_token].add(out).reshape(x.shape)
-
-
-def activate(name: str, x: Array) -> Array:
-    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward, each inside norms where the family has them, each added to the stream."""
-
-    config: DecoderConfig
-    adapter_scale: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Array, traits: LayerTraits, ropes: tuple[tuple[Array, Array], ...], context: Any
-    ) -> tuple[Array, Any]:
-        c = self.config
-        has_pre, has_post = c.norm_placement != "post", c.norm_placement != "pre"
-        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, 1, self.param_dtype)
-        mlp = RoutedFeedForward if c.num_experts else FeedForward
-
-        y = norm(name="attention_pre_norm")(x) if has_pre else x
-        rope = _pick_rope(ropes, traits.rope_index)
-        y, kept = Attention(c, self.adapter_scale, self.param_dtype, name="attention")(y, rope, traits, context)
-        x = x + (norm(name="attention_post_norm")(y) if has_post else y)
-
-        y = norm(name="mlp_pre_norm")(x) if has_pre else x
-        y = mlp(c, self.adapter_scale, self.param_dtype, name="mlp")(y)
-        x = x + (norm(name="mlp_post_norm")(y) if has_post else y)
-        return x, kept
-
-
-def _pick_rope(ropes: tuple[tuple[Array, Array], ...], index: Array | int) -> tuple[Array, Array]:
-    if len(ropes) == 1:
-        return ropes[0]
-    if isinstance(index, int):
-        return ropes[index]
-    return jax.tree.map(lambda *tables: jax.lax.select_n(index, *tables), *ropes)
 
 
 class Decoder(nn.Module):
@@ -383,16 +87,13 @@ def embed(module: Decoder, embedding_VxD: Array, tokens: Array) -> Array:
     return x
 
 
-# --- functions -------------------------------------------------------------------------------------------------------
-
-
 def init_model(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, *, compute_dtype: Any = None) -> Model:
     """A model with random weights: normal, variance 1 / inputs, residual outputs smaller by sqrt(2 L)."""
     module = Decoder(config, jnp.dtype(compute_dtype or dtype), jnp.dtype(dtype))
 
     def start(key: Array) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        context = CausalContext(tokens == 0, tokens, is_windowed(config))
+        context = CausalContext(Keys(tokens == 0, tokens, is_windowed(config)), keeps_cache=False)
         return module.init(key, tokens, tokens, context)["params"]
 
     return Model(config=config, module=module, params=jax.jit(start)(key))
@@ -434,7 +135,7 @@ def read(
     """
     mask_BxS = mask_BxS.astype(bool)
     position_BxS = positions(mask_BxS)
-    context = CausalContext(mask_BxS, position_BxS, is_windowed(model.config))
+    context = CausalContext(Keys(mask_BxS, position_BxS, is_windowed(model.config)), cache_length is not None)
     hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat)
     if cache_length is None:
         return hidden, None
@@ -553,7 +254,8 @@ def read_tree(
     mask_BxS, branch_mask = mask_BxS.astype(bool), branch_mask_BxRxC.astype(bool)
     position = positions(mask_BxS)
     branch_position = start_position(mask_BxS, branch_start_BxR)[..., None] + jnp.arange(c, dtype=jnp.int32)
-    context = TreeContext(mask_BxS, position, branch_mask, branch_position, branch_start_BxR, is_windowed(model.config))
+    keys = Keys(mask_BxS, position, is_windowed(model.config))
+    context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR)
     tokens = jnp.concatenate([tokens_BxS, branch_tokens_BxRxC.reshape(b, r * c)], axis=1)
     all_positions = jnp.concatenate([position, branch_position.reshape(b, r * c)], axis=1)
     hidden, _ = _apply(model, tokens, all_positions, context, remat)

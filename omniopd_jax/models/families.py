@@ -348,6 +348,9 @@ def _rope(rope_values: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
     settings = dict(rope_values)
     settings |= rope_values.get("rope_scaling") or {}
     settings |= rope_values.get("rope_parameters") or {}
+    nested = [name for name in ("full_attention", "sliding_attention") if name in settings]
+    if nested:
+        raise ModelError(f"config.json nests rope_parameters by layer type ({nested[0]}), unlike this architecture.")
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in KINDS or kind == "none":
         known = ", ".join(name for name in KINDS if name != "none")
@@ -359,7 +362,8 @@ def _rope(rope_values: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
     rope = Rope(kind=kind, theta=float(settings.get("rope_theta") or values["rope_theta"]))
     if kind == "default":
         return rope
-    original_length = settings.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    length_names = ("original_max_position_embeddings", "max_position_embeddings")
+    original_length = values.get(length_names[0]) or settings.get(length_names[0]) or values[length_names[1]]
     factor = settings.get("factor")
     if factor is None and kind == "yarn":
         factor = values["max_position_embeddings"] / original_length

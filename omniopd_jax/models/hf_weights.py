@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from omniopd_jax.models.decoder import Decoder, Model
 from omniopd_jax.models.families import DecoderConfig, ModelError, hf_config, read_config
 from omniopd_jax.models.folder import TOKENIZER_FILES, copy_files, replace_folder
-from omniopd_jax.models.lora import merge
+from omniopd_jax.models.lora import merged
 from omniopd_jax.models.parameters import Parameter, leaf, nest, parameter_table
 from omniopd_jax.types import PyTree
 
@@ -210,10 +210,9 @@ def save_model(
     destination = Path(path)
 
     def write(folder: Path) -> None:
-        merged = merge(model)
-        dtype = str(jax.tree.leaves(merged.params)[0].dtype)
+        dtype = str(jax.tree.leaves(model.params)[0].dtype)
         _write_json(folder / "config.json", hf_config(model.config, dtype))
-        _write_tensors(folder, merged, max_shard_bytes)
+        _write_tensors(folder, model, max_shard_bytes)
         copied = _COPIED if tokenizer is not None else _COPIED + TOKENIZER_FILES
         if source is not None:
             copy_files(Path(source), folder, copied)
@@ -245,7 +244,7 @@ def _write_tensors(folder: Path, model: Model, max_shard_bytes: int) -> None:
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: _host_tensor(model.params, parameter, index) for parameter, index, name in group}
+        tensors = {name: _host_tensor(model, parameter, index) for parameter, index, name in group}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
@@ -258,5 +257,5 @@ def _tensors(table: list[Parameter]) -> Iterator[tuple[Parameter, tuple[int, ...
             yield parameter, index, name
 
 
-def _host_tensor(params: PyTree, parameter: Parameter, index: tuple[int, ...]) -> np.ndarray:
-    return parameter.to_hf(np.asarray(jax.device_get(leaf(params, parameter.path)[index])))
+def _host_tensor(model: Model, parameter: Parameter, index: tuple[int, ...]) -> np.ndarray:
+    return parameter.to_hf(np.asarray(jax.device_get(merged(model, parameter, index))))

@@ -82,16 +82,21 @@ def merge(model: Model) -> Model:
     """The base model with the adapters' products added to its kernels (float32 sums), and no adapters."""
     if model.adapters is None:
         return model
-    leaves = {p.path: leaf(model.params, p.path) for p in parameter_table(model.config)}
-    for layer in _adapted(model):
-        a, b = (leaf(model.adapters, (*layer.path[:-1], name)).astype(jnp.float32) for name in "ab")
-        a = a.reshape(a.shape[0], -1, a.shape[-1])
-        b = b.reshape(b.shape[0], b.shape[1], -1)
-        delta = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
-        kernel = leaves[layer.path]
-        wide = kernel.astype(jnp.float32) + model.module.adapter_scale * delta.reshape(kernel.shape)
-        leaves[layer.path] = wide.astype(kernel.dtype)
+    leaves = {p.path: merged(model, p, ()) for p in parameter_table(model.config)}
     return dataclasses.replace(model, params=nest(leaves), adapters=None)
+
+
+def merged(model: Model, parameter: Parameter, index: tuple[int, ...]) -> Array:
+    """One parameter, or the part of it at `index` of its stacked axes, with its adapter's product added."""
+    kernel = leaf(model.params, parameter.path)[index]
+    if model.adapters is None or parameter.path not in {layer.path for layer in _adapted(model)}:
+        return kernel
+    a, b = (leaf(model.adapters, (*parameter.path[:-1], name))[index].astype(jnp.float32) for name in "ab")
+    num_out = len(parameter.shape) - 1 - parameter.num_in
+    a = a.reshape(*a.shape[: a.ndim - 1 - parameter.num_in], -1, a.shape[-1])
+    b = b.reshape(*b.shape[: b.ndim - num_out], -1)
+    delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + model.module.adapter_scale * delta).astype(kernel.dtype)
 
 
 def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str | Path | None = None) -> None:
@@ -108,6 +113,7 @@ def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str
         raise ModelError("This model has no adapters to export; export it merged.")
     layers = _adapted(model)
     rank = leaf(model.adapters, (*layers[0].path[:-1], "a")).shape[-1]
+    alpha = round(model.module.adapter_scale * rank, 6)
     tensors = {}
     for layer in layers:
         a, b = (np.asarray(jax.device_get(leaf(model.adapters, (*layer.path[:-1], name)))) for name in "ab")
@@ -120,7 +126,7 @@ def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": model.module.adapter_scale * rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -1,0 +1,191 @@
+"""The parts of a decoder layer: norms, linear maps, attention, feed-forward (plain or routed), and the layer itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from omniopd_jax.models.families import DecoderConfig
+from omniopd_jax.models.rope import rotate
+from omniopd_jax.types import Array
+
+
+@struct.dataclass
+class LayerTraits:
+    """What differs between layers. Arrays under the scan, plain ints where layers are walked one by one."""
+
+    window: Array | int  # tokens that a query sees, itself included
+    rope_index: Array | int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (scale + offset), float32 inside. `num_axes` last axes are normalised together."""
+
+    eps: float
+    offset: float = 0.0
+    num_axes: int = 1
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes = tuple(range(-self.num_axes, 0))
+        shape = x.shape[-self.num_axes :]
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", start, shape, self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + self.eps)
+        return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x · kernel (+ bias) (+ the adapter's x · a · b · scale, if it has one). Kernels are [*in, *out]."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    has_bias: bool = False
+    gain: float = 1.0  # of the initial kernel, beside 1 / sqrt(inputs)
+    adapter_scale: float = 1.0
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        num_in = len(self.in_shape)
+        std = self.gain * float(np.prod(self.in_shape)) ** -0.5
+        start = nn.initializers.normal(std)
+        kernel = self.param("kernel", start, (*self.in_shape, *self.out_shape), self.param_dtype)
+        y = _contract(x, kernel, num_in)
+        if self.has_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+            y = y + bias.astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            low = _contract(x, self.get_variable("lora", "a"), num_in)
+            y = y + _contract(low, self.get_variable("lora", "b"), 1) * jnp.asarray(self.adapter_scale, x.dtype)
+        return y
+
+
+def _contract(x: Array, kernel: Array, num_in: int) -> Array:
+    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    adapter_scale: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, rope: tuple[Array, Array], traits: LayerTraits, context: Any) -> tuple[Array, Any]:
+        c = self.config
+        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
+        width, heads, kv_heads = (c.hidden_size,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        q = linear(width, heads, c.has_qkv_bias, name="q_proj")(x)
+        k = linear(width, kv_heads, c.has_qkv_bias, name="k_proj")(x)
+        v = linear(width, kv_heads, c.has_qkv_bias, name="v_proj")(x)
+        if c.qk_norm != "none":
+            num_axes = 1 if c.qk_norm == "head" else 2
+            norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, num_axes, self.param_dtype)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        cos, sin = rope
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out, kept = context.attend(q, k, v, traits.window, scale=c.attention_scale, softcap=c.attention_softcap)
+        gain = (2 * c.num_layers) ** -0.5  # the residual stream's variance does not grow with depth
+        return linear(heads, width, c.has_o_bias, gain, name="o_proj")(out), kept
+
+
+class FeedForward(nn.Module):
+    """down(activation(gate(x)) · up(x))."""
+
+    config: DecoderConfig
+    adapter_scale: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
+        width, inner = (c.hidden_size,), (c.mlp_dim,)
+        gate = linear(width, inner, c.has_mlp_bias, name="gate_proj")(x)
+        up = linear(width, inner, c.has_mlp_bias, name="up_proj")(x)
+        gain = (2 * c.num_layers) ** -0.5
+        return linear(inner, width, c.has_mlp_bias, gain, name="down_proj")(activate(c.activation, gate) * up)
+
+
+class RoutedFeedForward(nn.Module):
+    """Each token goes through its `experts_per_token` likeliest experts; X experts.
+
+    The tokens' copies are sorted by expert, and one ragged product a matrix serves all experts.
+    """
+
+    config: DecoderConfig
+    adapter_scale: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        experts, width, inner = c.num_experts, c.hidden_size, c.mlp_dim
+        tokens = x.reshape(-1, width)
+        router = Linear((width,), (experts,), param_dtype=self.param_dtype, name="router")
+        probability = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
+        weight, expert = jax.lax.top_k(probability, c.experts_per_token)
+        if c.is_topk_normalised:
+            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+
+        def kernel(name: str, inputs: int, outputs: int, gain: float = 1.0) -> Array:
+            start = nn.initializers.normal(gain * inputs**-0.5)
+            return self.param(name, start, (experts, inputs, outputs), self.param_dtype).astype(x.dtype)
+
+        order = jnp.argsort(expert.reshape(-1))
+        rows = tokens[order // c.experts_per_token]
+        sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
+        gate = jax.lax.ragged_dot(rows, kernel("gate_proj", width, inner), sizes)
+        up = jax.lax.ragged_dot(rows, kernel("up_proj", width, inner), sizes)
+        down = kernel("down_proj", inner, width, (2 * c.num_layers) ** -0.5)
+        out = jax.lax.ragged_dot(activate(c.activation, gate) * up, down, sizes)
+        out = out * weight.reshape(-1)[order, None].astype(x.dtype)
+        return jnp.zeros_like(tokens).at[order // c.experts_per_token].add(out).reshape(x.shape)
+
+
+def activate(name: str, x: Array) -> Array:
+    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each inside norms where the family has them, each added to the stream."""
+
+    config: DecoderConfig
+    adapter_scale: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Array, traits: LayerTraits, ropes: tuple[tuple[Array, Array], ...], context: Any
+    ) -> tuple[Array, Any]:
+        c = self.config
+        has_pre, has_post = c.norm_placement != "post", c.norm_placement != "pre"
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, 1, self.param_dtype)
+        mlp = RoutedFeedForward if c.num_experts else FeedForward
+
+        y = norm(name="attention_pre_norm")(x) if has_pre else x
+        rope = _pick_rope(ropes, traits.rope_index)
+        y, kept = Attention(c, self.adapter_scale, self.param_dtype, name="attention")(y, rope, traits, context)
+        x = x + (norm(name="attention_post_norm")(y) if has_post else y)
+
+        y = norm(name="mlp_pre_norm")(x) if has_pre else x
+        y = mlp(c, self.adapter_scale, self.param_dtype, name="mlp")(y)
+        x = x + (norm(name="mlp_post_norm")(y) if has_post else y)
+        return x, kept
+
+
+def _pick_rope(ropes: tuple[tuple[Array, Array], ...], index: Array | int) -> tuple[Array, Array]:
+    if len(ropes) == 1:
+        return ropes[0]
+    if isinstance(index, int):
+        return ropes[index]
+    return jax.tree.map(lambda *tables: jax.lax.select_n(index, *tables), *ropes)
