@@ -119,9 +119,22 @@ class Tokenizer:
         afters = self.decode_batch([tail + list(ids) for tail, (_, ids) in zip(tails, pairs, strict=True)])
         return [after[len(before) :] for before, after in zip(befores, afters, strict=True)]
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens spelled out."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """One readable text a token, for plots and logs; special tokens are shown, parts of characters as �."""
         return self._backend.decode_batch([[token] for token in ids], skip_special_tokens=False)
+
+    def first_special(self, text: str) -> int | None:
+        """The first special token that a rendered text spells out; None where it spells none."""
+        found = self._special_pattern.search(text) if self._special_pattern else None
+        return None if found is None else self._backend.token_to_id(found[0])
+
+    def has_same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same token in both."""
+        return self._backend.get_vocab(with_added_tokens=True) == other._backend.get_vocab(with_added_tokens=True)
 
     def is_clean_cut(self, ids: Sequence[int], end: int) -> bool:
         """Whether ids[:end] decodes to sound characters alone."""
