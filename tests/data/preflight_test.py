@@ -95,7 +95,7 @@ def test_prompts_that_are_too_long_are_counted_and_named(sound):
 
 def test_a_tokenizer_of_another_model_is_an_error(sound):
     findings = _findings(sound, sound, teacher=50)
-    (error, _) = _wrong(findings, "error")
+    (error,) = _wrong(findings, "error")
     assert error.startswith("teacher vocabulary: the tokenizer has ids up to")
     assert table(findings).splitlines()[0].startswith("error")
     with pytest.raises(InputError, match="they do not belong together"):
