@@ -9,7 +9,7 @@ from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
 from omniopd_jax.teacher.modes import as_chat
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
-from omniopd_jax.teacher.transport import failure_of_error, http_client, json_of
+from omniopd_jax.teacher.transport import guarded, http_client, json_of
 
 OFFICIAL_URL = "https://api.anthropic.com"
 KEY_NAMES = ("ANTHROPIC_API_KEY",)
@@ -55,10 +55,7 @@ class AnthropicDialect:
         import httpx2
 
         self._sdk = self._sdk or self._connect()
-        try:
-            response = await self._sdk.post("/v1/messages", cast_to=httpx2.Response, body=dict(body))
-        except Exception as error:
-            raise failure_of_error(error) from None
+        response = await guarded(self._sdk.post("/v1/messages", cast_to=httpx2.Response, body=dict(body)))
         return read_reply(json_of(response.content, response.headers.get("content-type", "")))
 
     async def close(self) -> None:

@@ -25,7 +25,7 @@ from omniopd_jax.teacher.capabilities import Capability
 from omniopd_jax.teacher.dialect import Dialect, Mode, Reply
 from omniopd_jax.teacher.limits import Gate, RateLimit
 from omniopd_jax.teacher.modes import align, begun_text
-from omniopd_jax.teacher.probe import Finding, find_manner
+from omniopd_jax.teacher.probe import PROBE_TOKENS, Finding, find_manner
 from omniopd_jax.teacher.protocol import (
     BudgetExhausted,
     Continuation,
@@ -111,12 +111,13 @@ class ApiTeacher:
             self._finding = self._kept_finding()
             return f"{self.name}: answers come from the cache alone. {self._finding.sentence(self._config.model)}"
         self._finding = self._run(self._probe())
-        values = {"teacher": self.name, "base_url": self._config.base_url, **self._finding.to_dict()}
+        finding = json.loads(self._redact(json.dumps(self._finding.to_dict())))
+        values = {"teacher": self.name, "base_url": self._config.base_url, **finding}
         self._workdir.mkdir(parents=True, exist_ok=True)
-        text = self._redact(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (self._workdir / PROBE_FILE).write_text(text, encoding="utf-8")
         if self._cache is not None:
-            self._cache.put_finding(self.name, self._finding.manner.mode, self._finding.to_dict()).result()
+            self._cache.put_finding(self.name, self._finding.manner.mode, finding).result()
         return self._redact(f"{self.name}: {self._finding.sentence(self._config.model)}")
 
     def continue_texts(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
@@ -150,6 +151,9 @@ class ApiTeacher:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except TeacherStopped as stopped:  # names and messages of a server are in it
+            stopped.args = (self._redact(str(stopped)),)
+            raise
         except BaseException:
             future.cancel()  # the caller was interrupted: what is in flight must not go on spending
             raise
@@ -172,13 +176,12 @@ class ApiTeacher:
             cap_s=min(_PROBE_CAP_S, self._policy.cap_s),
         )
         timeout_s = min(_PROBE_TIMEOUT_S, self._config.request_timeout_s)
-        sends_seed = self._capability.seed
 
-        async def ask(body: Mapping[str, Any], n: int, seed: int) -> Reply:
+        async def ask(body: Mapping[str, Any], n: int, seed: int | None) -> Reply:
             attempt = 1
             while True:
                 try:
-                    return (await self._attempt(body, n, seed if sends_seed else None, 64, timeout_s))[0]
+                    return (await self._attempt(body, n, seed, n * PROBE_TOKENS, timeout_s))[0]
                 except CallFailed as failure:
                     waits = policy.wait_s(attempt, failure.retry_after_s, self._rng)
                     if failure.action != "retry" or attempt >= policy.max_attempts or waits > timeout_s:
@@ -387,7 +390,7 @@ class ApiTeacher:
                 key=job.keys[index],
                 teacher=self.name,
                 mode=step.finding.manner.mode,
-                model=reply.model,
+                model=self._redact(reply.model),
                 text=self._redact(sample.text),
                 finish=sample.finish,
                 prompt_tokens=cost.prompt_tokens / len(got),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
 from omniopd_jax.teacher.modes import as_chat
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
-from omniopd_jax.teacher.transport import failure_of_error, http_client, json_of
+from omniopd_jax.teacher.transport import guarded, http_client, json_of
 
 OFFICIAL_URL = "https://generativelanguage.googleapis.com"
 KEY_NAMES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
@@ -52,19 +51,17 @@ class GeminiDialect:
 
     async def call(self, body: Mapping[str, Any], *, n: int, seed: int | None) -> Reply:
         self._sdk = self._sdk or self._connect()
-        config = dict(body["config"]) | {"should_return_http_response": True}
+        config = dict(body["config"]) | {
+            "should_return_http_response": True,  # the plain JSON: some servers' answers do not fit the SDK's schema
+            "automatic_function_calling": {"disable": True},
+        }
         if n > 1:
             config["candidate_count"] = n
         if seed is not None:
             config["seed"] = seed
-        try:
-            response = await self._sdk.aio.models.generate_content(
-                model=body["model"], contents=body["contents"], config=config
-            )
-        except json.JSONDecodeError:  # an error page that the SDK tried to read
-            raise CallFailed("retry", "garbled", "the reply is not JSON", is_charged=True) from None
-        except Exception as error:
-            raise failure_of_error(error) from None
+        response = await guarded(
+            self._sdk.aio.models.generate_content(model=body["model"], contents=body["contents"], config=config)
+        )
         raw = response.sdk_http_response
         headers = {name.lower(): value for name, value in (raw.headers or {}).items()}
         return read_reply(json_of((raw.body or "").encode(), headers.get("content-type", "")))

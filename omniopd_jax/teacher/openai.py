@@ -13,7 +13,7 @@ from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
 from omniopd_jax.teacher.modes import as_chat, begun_text
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
-from omniopd_jax.teacher.transport import failure_of_error, http_client, json_of
+from omniopd_jax.teacher.transport import guarded, http_client, json_of
 from omniopd_jax.types import Message
 
 OFFICIAL_URL = "https://api.openai.com/v1"
@@ -88,10 +88,7 @@ class OpenAIDialect:
             sent["seed"] = seed
         route = "/completions" if "prompt" in sent else "/chat/completions"
         self._sdk = self._sdk or self._connect()
-        try:
-            response = await self._sdk.post(route, cast_to=httpx2.Response, body=sent)
-        except Exception as error:
-            raise failure_of_error(error) from None
+        response = await guarded(self._sdk.post(route, cast_to=httpx2.Response, body=sent))
         return read_reply(json_of(response.content, response.headers.get("content-type", "")))
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from omniopd_jax.teacher.protocol import ContinuationRequest, TeacherStopped
 from omniopd_jax.teacher.retry import CallFailed
 from omniopd_jax.types import Message
 
-_MAX_TOKENS = 24
+PROBE_TOKENS = 24
 _PREFIX = "Here is one short sentence about something picked at random, unlike any other:"
 _MORE_SAMPLES = 4  # before equal texts are called greedy decoding
 _MAX_RELAXATIONS = 6  # refused calls cost nothing
@@ -50,7 +50,7 @@ class Finding:
         return " ".join([text, *self.notes])
 
 
-Ask = Callable[[Mapping[str, Any], int, int], Awaitable[Reply]]  # (body, n, seed) → Reply, raises CallFailed
+Ask = Callable[[Mapping[str, Any], int, int | None], Awaitable[Reply]]  # (body, n, seed) → Reply, raises CallFailed
 
 
 async def find_manner(
@@ -67,7 +67,7 @@ async def find_manner(
     """Tries the modes in order until one brings two different continuations.
 
     Args:
-      ask: one call with the client's retries and accounting; its seed is sent only where the manner says so.
+      ask: one call with the client's retries and accounting.
       asked: the model's name as configured.
       mode: "auto" for the capability record's order, else the only one to try.
       is_raw: prompts of this run are raw texts.
@@ -79,7 +79,7 @@ async def find_manner(
         messages=(Message("user", f"Write one short sentence about something random. (Request {uuid.uuid4().hex}.)"),),
         prefix=" " + _PREFIX if is_raw else _PREFIX,
         n=2,
-        max_tokens=_MAX_TOKENS,
+        max_tokens=PROBE_TOKENS,
         temperature=temperature,
         top_p=top_p,
         seed=0,
@@ -195,12 +195,12 @@ async def _try_mode(
 
 async def _samples(ask: Ask, body: Mapping[str, Any], manner: Manner, count: int) -> tuple[list[Reply], Manner]:
     """`count` samples in as few calls as the manner allows; a server that ignores n is asked one by one afterwards."""
-    replies = [await ask(body, min(count, manner.max_n), 1)]
+    replies = [await ask(body, min(count, manner.max_n), 1 if manner.seed else None)]
     got = len(replies[0].samples)
     if manner.max_n > 1 and got < min(count, manner.max_n):
         manner = dataclasses.replace(manner, max_n=1)
     while got < count:
-        reply = await ask(body, min(count - got, manner.max_n), 1 + got)
+        reply = await ask(body, min(count - got, manner.max_n), 1 + got if manner.seed else None)
         replies.append(reply)
         got += max(1, len(reply.samples))
     return replies, manner
@@ -226,8 +226,8 @@ def _relax(manner: Manner, message: str) -> Manner | None:
     if "max_completion_tokens" in text and manner.max_tokens_name == "max_tokens":
         return dataclasses.replace(manner, max_tokens_name="max_completion_tokens")
     if re.search(r"temperature|top_p|sampling", text) and manner.sampling != "fixed":
-        both_named = "temperature" in text and "top_p" in text and manner.sampling == "both"
-        return dataclasses.replace(manner, sampling="one" if both_named else "fixed")
+        takes_one = "top_p" in text and manner.sampling == "both"  # refused together, or top_p alone
+        return dataclasses.replace(manner, sampling="one" if takes_one else "fixed")
     if "seed" in text and manner.seed:
         return dataclasses.replace(manner, seed=False)
     if re.search(r"prefill|assistant|last message|final message|role", text):

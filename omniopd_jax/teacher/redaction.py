@@ -49,5 +49,12 @@ def key_from_environment(name: str, fallbacks: Sequence[str], environment: Mappi
             )
         if not environment.get(name):
             raise ConfigError(f"config.teacher.api_key_env names {name}, which is not set in the environment.")
-        return environment[name]
-    return next((environment[fallback] for fallback in fallbacks if environment.get(fallback)), "")
+        fallbacks = (name,)
+    found = next((fallback for fallback in fallbacks if environment.get(fallback)), None)
+    if found is None:
+        return ""
+    key = environment[found].strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        # An HTTP library would refuse it as a header, in a message that repeats it.
+        raise ConfigError(f"The environment's {found} holds no key: spaces, line breaks or other scripts are in it.")
+    return key

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import urllib.parse
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.retry import CallFailed, failure_of_status
+
+_Result = TypeVar("_Result")
 
 MAX_REPLY_BYTES = 8 * 2**20  # a reply of 64 samples of 1000 tokens is below 1 MB
 
@@ -76,6 +79,9 @@ def http_client(base_url: str, *, timeout_s: float, max_connections: int) -> Any
             raise ReplyTooLarge("the reply is compressed although it was asked for plain")
         response.stream = BoundedStream(response.stream)
 
+    for name in ("httpx2", "google_genai.models"):  # a line a call at level INFO drowns the run's own log
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.WARNING)
     return httpx2.AsyncClient(
         timeout=timeout_s,
         limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
@@ -84,6 +90,20 @@ def http_client(base_url: str, *, timeout_s: float, max_connections: int) -> Any
         headers={"accept-encoding": "identity"},
         event_hooks={"response": [bound]},
     )
+
+
+async def guarded(call: Awaitable[_Result]) -> _Result:
+    """Awaits an SDK's call.
+
+    Raises:
+      CallFailed: what its exception means. Raised outside the handler: the SDK's own exception, which may repeat the
+        key, is not carried along as context.
+    """
+    try:
+        return await call
+    except Exception as error:
+        failure = failure_of_error(error)
+    raise failure
 
 
 def failure_of_error(error: Exception) -> CallFailed:
@@ -109,6 +129,8 @@ def failure_of_error(error: Exception) -> CallFailed:
         never_sent = any(isinstance(link, httpx2.ConnectError | httpx2.ProxyError) for link in chain)
         root = chain[-1]
         return CallFailed("retry", "connection", f"{type(root).__name__}: {root}", is_charged=not never_sent)
+    if any(isinstance(link, json.JSONDecodeError) for link in chain):  # an SDK that tried to read an error page
+        return CallFailed("retry", "garbled", "the reply is not JSON", is_charged=True)
     raise error  # a bug of ours or of the SDK: not to be retried, not to be hidden
 
 

@@ -1,0 +1,90 @@
+"""Prices, caps and the projection."""
+
+import asyncio
+import datetime
+import json
+
+import pytest
+from configs import base
+
+from omniopd_jax.config import ConfigError, from_mapping
+from omniopd_jax.teacher.budget import Budget, Caps, Price, find_price, projected_cost
+from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
+
+PRICE = Price(input=1.0, output=5.0, date="2026-11-01")
+
+
+def test_prices_are_dollars_a_million_tokens():
+    assert PRICE.dollars(2_000_000, 100_000) == pytest.approx(2.5)
+
+
+def test_dated_names_and_paths_find_their_price_and_others_none():
+    assert find_price("claude-haiku-4-5-20251001") == find_price("claude-haiku-4-5")
+    assert find_price("anthropic/claude-haiku-4-5") == find_price("claude-haiku-4-5")
+    assert find_price("gemini-2.5-flash-lite").input < find_price("gemini-2.5-flash").input
+    assert find_price("gpt-4.1-mini").input < find_price("gpt-4.1").input
+    assert find_price("/models/mine") is None
+
+
+def test_every_price_is_dated_and_old_ones_are_called_old():
+    for model in ("claude-haiku-4-5", "gemini-2.5-flash", "gpt-4.1"):
+        datetime.date.fromisoformat(find_price(model).date)
+    assert Price(1.0, 1.0, "2020-01-01").is_stale
+    assert not Price(1.0, 1.0, datetime.date.today().isoformat()).is_stale
+
+
+def test_a_users_price_goes_first(tmp_path):
+    path = tmp_path / "prices.json"
+    entry = {"model": "claude-haiku-4-5*", "input": 9, "output": 9, "date": "2026-11-02"}
+    path.write_text(json.dumps({"prices": [entry]}))
+    assert find_price("claude-haiku-4-5", str(path)).input == 9
+    for broken in ({}, {"prices": [{"model": "*"}]}, {"prices": [entry | {"date": "yesterday"}]}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ConfigError, match=r"prices.json must be a JSON object"):
+            find_price("claude-haiku-4-5", str(path))
+
+
+def test_worst_cases_in_flight_count_and_are_replaced_by_what_it_was():
+    async def run():
+        budget = Budget(PRICE, Caps(tokens=1000))
+        first = await budget.reserve(100, 500)
+        second = asyncio.create_task(budget.reserve(100, 500))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not second.done()  # 600 in flight: 600 more could break the cap
+        budget.settle(first, status="ok", prompt_tokens=90, completion_tokens=20)
+        reserved = await asyncio.wait_for(second, 1.0)
+        budget.settle(reserved, status="timeout", is_assumed=True)
+        assert budget.spent == Usage(190, 520, 2, pytest.approx(PRICE.dollars(190, 520)))
+        with pytest.raises(BudgetExhausted, match=r"max_tokens=1000: 2 calls, 710 tokens"):
+            await budget.reserve(100, 500)
+        await budget.reserve(90, 200)  # a smaller one still fits
+
+    asyncio.run(run())
+
+
+def test_no_cap_is_no_cap():
+    async def run():
+        budget = Budget(None, Caps())
+        for _ in range(100):
+            budget.settle(await budget.reserve(1e9, 1e9), status="ok", prompt_tokens=10**9)
+        assert budget.spent.dollars == 0.0
+
+    asyncio.run(run())
+
+
+def test_projection_is_an_upper_bound_in_numbers():
+    values = base.get_config()
+    values.teacher.kind, values.teacher.model = "anthropic", "claude-haiku-4-5"
+    values.train.steps, values.rollout.batch_size, values.rollout.max_new_tokens = 10, 64, 1000
+    values.audit.num_chunks, values.audit.chunk_tokens, values.audit.num_continuations = 4, 50, 8
+    values.data.max_prompt_tokens, values.teacher.max_dollars = 1000, 20.0
+    text = projected_cost(from_mapping(values))
+    assert "at most 2,048 calls, 3,072,000 prompt and 153,600 completion tokens a step; 20,480 calls in 10 steps" in text
+    assert "at most $3.84 a step, $38.40 in all" in text
+    assert "The run stops at 20 dollars." in text
+    values.teacher.kind, values.teacher.model, values.teacher.max_dollars = "openai", "mine", 0.0
+    text = projected_cost(from_mapping(values))
+    assert "at most 256 calls" in text  # one call brings all N
+    assert "No price is known" in text
+    assert "No cap is set." in text
