@@ -3,8 +3,8 @@
     make quickstart            or: python -m experiments.quickstart --workdir=runs/quickstart --seed=0
 
 Builds a small world of written-out additions, trains a teacher and a student that forgets carries, then distils the
-Builds a small world of written-out additions, trains a teacher and a student that forgets carries, then distils the
-student with the teacher as text only: with OmniOPD exactly as published and with the recommended setting, from
+student with the teacher as text only: with OmniOPD exactly as published and with the project's recommended setting,
+from the same start and at the same teacher tokens. Running it again goes on where it was stopped.
 """
 
 import json
