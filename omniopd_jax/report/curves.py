@@ -28,7 +28,11 @@ CHARTS = (
         "Learning",
         "Similarity to the teacher",
         "",
-        (("audit/similarity", "chunks"), ("audit/agreement_mean", "teacher with itself")),
+        (
+            ("audit/similarity", "chunks"),
+            ("audit/branch_score_mean", "branches"),
+            ("audit/agreement_mean", "teacher with itself"),
+        ),
         "Mean over audited chunks; the band holds the middle 80 %. The teacher's agreement with itself is the ceiling.",
         ("audit/similarity_low", "audit/similarity_high"),
     ),
@@ -82,6 +86,13 @@ CHARTS = (
         "share",
         (("rollout/repetition", "runs of four tokens"),),
         "Share of four-token runs that stood in the same response before.",
+    ),
+    Chart(
+        "The student",
+        "Distinct branches",
+        "share",
+        (("audit/branch_distinct_share", "branches"),),
+        "Where all branches of a chunk are the same text, there is nothing to choose between.",
     ),
     Chart("The student", "Log-probability", "nats", (("rollout/logprob", "a token"),), "Of what the student sampled."),
     Chart(

@@ -177,6 +177,9 @@ async function auditViewer(parent, settings) {
 
   function tokenBox(data, readout) {
     const box = el("div", { class: "text tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": "Response, token by token" });
+    // Word-level tokenizers leave the white space out of their tokens; a gap stands for it.
+    const letters = data.tokens.map((token) => clip(token).text).join("");
+    if (data.tokens.length > 2 && !/\s|[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u.test(letters)) box.classList.add("bare");
     const starts = new Map(data.audits.map((audit, place) => [audit.start, place]));
     const spans = [];
     let parentNode = box, end = -1;
@@ -258,7 +261,9 @@ async function auditViewer(parent, settings) {
       same.length > 60 ? el("p", { class: "note" }, `and ${count(same.length - 60)} more`) : null);
   }
 
+  state.chosen = Math.max(0, columns.chunks.findIndex((chunks) => chunks > 0)); // something to see at first
   refilter();
+  choose(state.at);
 }
 
 /** One audited chunk: what went into its target, the teacher's texts, the student's branches, what came later. */

@@ -77,8 +77,8 @@ function curvesSection() {
     groups.get(spec.group).push(spec);
   }
   const isLong = head.curves.some((spec) => spec.noisy && spec.x.length >= SMOOTH_FROM);
-  if (isLong) heading.append(el("label", {}, el("input", { type: "checkbox", checked: true, onchange: (event) => setSmoothing(event.target.checked) }), " running mean in bold"));
   if (head.band) heading.append(show(el("p", { class: "note" }), head.band));
+  if (isLong) heading.append(el("label", {}, el("input", { type: "checkbox", checked: true, onchange: (event) => setSmoothing(event.target.checked) }), " running mean in bold"));
   for (const [name, specs] of groups) {
     const grid = el("div", { class: "charts" }, ...specs.map(chart));
     if (name) node.append(el("div", { class: "group" }, show(el("h3"), name), grid));
