@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from omniopd_jax.models import decoder
+from omniopd_jax import models
 from omniopd_jax.rollout import decoding, sampling
 from omniopd_jax.rollout.sampling import Draw, SamplingRule
 from omniopd_jax.types import Array, Branches, PyTree
@@ -28,7 +28,7 @@ class Trunk:
 
 
 @jax.jit
-def read_trunk(model: decoder.Model, tokens_BxS: Array, mask_BxS: Array) -> Trunk:
+def read_trunk(model: models.Model, tokens_BxS: Array, mask_BxS: Array) -> Trunk:
     """Reads packed sequences (prompt, then response: `Rollout.sequence`) once.
 
     Args:
@@ -36,12 +36,12 @@ def read_trunk(model: decoder.Model, tokens_BxS: Array, mask_BxS: Array) -> Trun
       tokens_BxS: int32.
       mask_BxS: bool, True on real tokens.
     """
-    hidden_BxSxD, cache = decoder.read(model, tokens_BxS, mask_BxS, cache_length=tokens_BxS.shape[1])
+    hidden_BxSxD, cache = models.read(model, tokens_BxS, mask_BxS, cache_length=tokens_BxS.shape[1])
     return Trunk(hidden_BxSxD=hidden_BxSxD, cache=cache)
 
 
 def sample_branches(
-    model: decoder.Model,
+    model: models.Model,
     trunk: Trunk,
     start_BxM: Array,
     is_valid_BxM: Array,
@@ -67,7 +67,7 @@ def sample_branches(
       trunk: from `read_trunk`.
       start_BxM: int32, response positions in [0, T); the branch replaces the response from there on.
       is_valid_BxM: bool; other slots give masks that are False throughout.
-      keys_B: typed keys, one a response.
+      keys_B: typed keys, one a response; or keys_BxM, one a start, where each start is a request of its own.
       prompt_width: P, columns of the trunk before the response's first token.
       num_branches: G (a teacher's N).
       length: C, the longest branch.
@@ -85,8 +85,10 @@ def sample_branches(
             f"a trunk of {batch} responses needs start_BxM and is_valid_BxM with as many rows, "
             f"got {start_BxM.shape} and {is_valid_BxM.shape}."
         )
-    if keys_B.shape != (batch,):
-        raise ValueError(f"{batch} responses need as many keys, one a response; got shape {keys_B.shape}.")
+    if keys_B.shape not in ((batch,), start_BxM.shape):
+        raise ValueError(
+            f"{batch} responses need as many keys, one a response or one a start; got shape {keys_B.shape}."
+        )
     if not 1 <= prompt_width <= columns:
         raise ValueError(f"prompt_width must lie between 1 and the trunk's {columns} columns, got {prompt_width}.")
     if num_branches < 1 or length < 1:
@@ -108,7 +110,7 @@ def sample_branches(
 
 @functools.partial(jax.jit, static_argnames=("prompt_width", "num_branches", "length", "rule"))
 def _sample_branches(
-    model: decoder.Model,
+    model: models.Model,
     trunk: Trunk,
     start_BxM: Array,
     is_valid_BxM: Array,
@@ -120,15 +122,11 @@ def _sample_branches(
     rule: SamplingRule,
 ) -> Branches:
     batch, slots = start_BxM.shape
-    draw = functools.partial(
-        sampling.draw_from_hidden,
-        rule=rule,
-        unembed_DxV=decoder.unembedding(model),
-        logit_softcap=model.config.final_logit_softcap,
-    )
+    draw = decoding.head(model, rule)
+    stepper = models.for_decoding(model)
 
     def read_token(token_A, cache, is_active_A):
-        hidden_BxRxD, cache = decoder.decode_branches(model, token_A.reshape(batch, -1), cache)
+        hidden_BxRxD, cache = models.decode_branches(stepper, token_A.reshape(batch, -1), cache)
         return hidden_BxRxD.reshape(-1, hidden_BxRxD.shape[-1]), cache
 
     column_BxM = jnp.where(is_valid_BxM, prompt_width + start_BxM, prompt_width)
@@ -144,10 +142,16 @@ def _sample_branches(
         entropy_A=jnp.repeat(drawn.entropy_A, num_branches),
     )
     # As in the sampler, the last token drawn needs no column.
-    cache = decoder.open_branches(trunk.cache, jnp.repeat(column_BxM, num_branches, axis=1), max(length - 1, 1))
-    is_valid_A = jnp.repeat(is_valid_BxM.reshape(-1), num_branches)
-    state = decoding.begin(drawn, cache, is_valid_A, max_new_tokens=length, rule=rule)
-    state = decoding.decode(state, read_token, draw, keys_A, rule)
+    cache = models.open_branches(trunk.cache, jnp.repeat(column_BxM, num_branches, axis=1), max(length - 1, 1))
+    state = decoding.start(
+        cache,
+        token_A=jnp.zeros(keys_A.shape, jnp.int32),
+        drawn_A=jnp.zeros(keys_A.shape, jnp.int32),
+        is_active_A=jnp.repeat(is_valid_BxM.reshape(-1), num_branches),
+        max_new_tokens=length,
+    )
+    state = decoding.record(state, drawn, rule, limit=length)
+    state = decoding.decode(state, read_token, draw, keys_A, rule, limit=length, until=length)
     shape = (batch, slots, num_branches, length)
     return Branches(
         tokens_BxMxGxC=state.tokens_AxT.reshape(shape),
@@ -157,11 +161,13 @@ def _sample_branches(
 
 
 def branch_keys(keys_B: Array, start_BxM: Array, num_branches: int) -> jax.Array:
-    """keys_BxMxG: one key a branch, from its response's key, its start's value and its number."""
+    """keys_BxMxG: one key a branch, from its response's (or its start's) key, its start's value and its number."""
 
     def one(key, start, number):
         return jax.random.fold_in(jax.random.fold_in(key, start), number)
 
+    keys_BxM = keys_B if keys_B.ndim == 2 else jnp.broadcast_to(keys_B[:, None], start_BxM.shape)
     over_branches = jax.vmap(one, in_axes=(None, None, 0))
-    over_starts = jax.vmap(over_branches, in_axes=(None, 0, None))
-    return jax.vmap(over_starts, in_axes=(0, 0, None))(keys_B, start_BxM, jnp.arange(num_branches))
+    return jax.vmap(jax.vmap(over_branches, in_axes=(0, 0, None)), in_axes=(0, 0, None))(
+        keys_BxM, start_BxM, jnp.arange(num_branches)
+    )

@@ -11,14 +11,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.models import decoder
-from omniopd_jax.rollout import decoding, sampling
+from omniopd_jax import models
+from omniopd_jax.rollout import decoding, refill, sampling
+from omniopd_jax.rollout.columns import widen
+from omniopd_jax.rollout.decoding import DecodingState
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
 
+FIRST_SEGMENT = 256  # response tokens that the cache has room for at first
+
 
 def sample(
-    model: decoder.Model,
+    model: models.Model,
     tokens_BxP: Array,
     mask_BxP: Array,
     keys_B: Array,
@@ -30,6 +34,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    slots: int = 0,
 ) -> Rollout:
     """Samples one response a prompt.
 
@@ -48,6 +53,8 @@ def sample(
       top_k: 0 is off; see SamplingRule for the order in which these three apply.
       top_p: 1 is off.
       min_p: 0 is off.
+      slots: responses decoded side by side; as they end, waiting prompts take their places, so that one long response
+        does not hold up the rest. 0: all B at once. The results are the same.
 
     Returns:
       Rollout with log-probability and exact entropy of every step at temperature 1 over the full vocabulary, whatever
@@ -73,37 +80,64 @@ def sample(
         banned_tokens=tuple(banned_tokens),
     )
     rule.check(model.config.vocab_size)
-    return _sample(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
-
-
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "rule"))
-def _sample(
-    model: decoder.Model, tokens_BxP: Array, mask_BxP: Array, keys_B: Array, *, max_new_tokens: int, rule: SamplingRule
-) -> Rollout:
-    batch, width = tokens_BxP.shape
-    draw = functools.partial(
-        sampling.draw_from_hidden,
-        rule=rule,
-        unembed_DxV=decoder.unembedding(model),
-        logit_softcap=model.config.final_logit_softcap,
-    )
-
-    def read_token(token_B, cache, is_active_B):
-        return decoder.decode(model, token_B, cache, is_real_B=is_active_B)
-
-    # The last token drawn is never read back, so it needs no column.
-    hidden_BxPxD, cache = decoder.read(model, tokens_BxP, mask_BxP, cache_length=width + max_new_tokens - 1)
-    uniform_B = sampling.uniforms(keys_B, jnp.zeros(batch, jnp.int32))
-    drawn = draw(hidden_BxPxD[:, -1], uniform_B[:, None])
-    has_prompt_B = jnp.any(mask_BxP, axis=1)
-    state = decoding.begin(drawn, cache, has_prompt_B, max_new_tokens=max_new_tokens, rule=rule)
-    state = decoding.decode(state, read_token, draw, keys_B, rule)
+    if slots < 0:
+        raise ValueError(f"slots must be 0 (all prompts at once) or more, got {slots}.")
+    if 0 < slots < tokens_BxP.shape[0]:
+        return refill.sample(model, tokens_BxP, mask_BxP, keys_B, slots=slots, max_new_tokens=max_new_tokens, rule=rule)
+    width = tokens_BxP.shape[1]
+    state = _read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
+    for until in _segments(max_new_tokens):
+        # The last token drawn is never read back, so it needs no column.
+        state = state.replace(cache=_widen(state.cache, columns=width + until - 1))
+        state = _decode(model, state, keys_B, until=until, rule=rule)
+        if until < max_new_tokens and not jnp.any(state.is_active_A):
+            break
     return Rollout(
         prompt_tokens_BxP=tokens_BxP,
         prompt_mask_BxP=mask_BxP,
         tokens_BxT=state.tokens_AxT,
         mask_BxT=state.mask_AxT,
         logprob_BxT=state.logprob_AxT,
-        is_finished_B=has_prompt_B & ~state.is_active_A,
+        is_finished_B=state.has_stopped_A,
         entropy_BxT=state.entropy_AxT,
     )
+
+
+def _segments(max_new_tokens: int) -> tuple[int, ...]:
+    """Response lengths at which the cache grows: doubling, so that a short response never pays for the longest.
+
+    A step attends to every column of the cache, written or not, and a long cache takes its memory from the start.
+    """
+    lengths = [FIRST_SEGMENT]
+    while lengths[-1] < max_new_tokens:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], max_new_tokens)
+
+
+_widen = jax.jit(widen, static_argnames="columns")
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "rule"))
+def _read_prompts(
+    model: models.Model, tokens_BxP: Array, mask_BxP: Array, keys_B: Array, *, max_new_tokens: int, rule: SamplingRule
+) -> DecodingState:
+    """Reads the prompts and draws the first token of each response."""
+    hidden_BxPxD, cache = models.read(model, tokens_BxP, mask_BxP, cache_length=tokens_BxP.shape[1])
+    zero_B = jnp.zeros(tokens_BxP.shape[0], jnp.int32)
+    state = decoding.start(cache, zero_B, zero_B, jnp.any(mask_BxP, axis=1), max_new_tokens=max_new_tokens)
+    drawn = decoding.head(model, rule)(hidden_BxPxD[:, -1], sampling.uniforms(keys_B, zero_B)[:, None])
+    return decoding.record(state, drawn, rule, limit=max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("until", "rule"), donate_argnames="state")
+def _decode(
+    model: models.Model, state: DecodingState, keys_B: Array, *, until: int, rule: SamplingRule
+) -> DecodingState:
+    """Decodes up to `until` tokens a response; the cache has room for them."""
+    stepper = models.for_decoding(model)
+
+    def read_token(token_B, cache, is_active_B):
+        return models.decode(stepper, token_B, cache, is_real_B=is_active_B)
+
+    limit = state.tokens_AxT.shape[1]
+    return decoding.decode(state, read_token, decoding.head(model, rule), keys_B, rule, limit=limit, until=until)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omniopd_jax import prng
-from omniopd_jax.models import decoder
+from omniopd_jax import models, prng
 from omniopd_jax.rollout import sampling
 from omniopd_jax.rollout.branches import branch_keys, read_trunk, sample_branches
 from omniopd_jax.rollout.sampling import SamplingRule
@@ -51,7 +50,7 @@ def _branches(model, rows=(0, 1, 2), slots=(0, 1, 2), *, seed=0, **options):
 @functools.partial(jax.jit, static_argnums=4)
 def _naive_step(model, tokens_AxW, mask_AxW, uniform_A, rule):
     """The next token of each sequence by a full forward pass over it."""
-    logits = decoder.logits(model, tokens_AxW, mask_AxW)
+    logits = models.logits(model, tokens_AxW, mask_AxW)
     last = tokens_AxW.shape[1] - 1 - jnp.argmax(mask_AxW[:, ::-1], axis=1)
     drawn = sampling.draw(logits[jnp.arange(len(last)), last], uniform_A[:, None], rule)
     return drawn.token_AxQ[:, 0], drawn.logprob_AxQ[:, 0]

@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omniopd_jax.models import decoder
-from omniopd_jax.models.families import decoder_config
+from omniopd_jax import models
+
 
 VOCAB = 61
 
 
 def _sharp(values, seed):
-    model = decoder.init_model(decoder_config(values), jax.random.key(seed), jnp.float32)
+    model = models.init_model(models.decoder_config(values), jax.random.key(seed), jnp.float32)
     generator = np.random.default_rng(seed)
-    noisy = jax.tree.map(lambda leaf: np.asarray(leaf + 0.15 * generator.normal(size=leaf.shape), np.float32), model.params)
+    noisy = jax.tree.map(
+        lambda leaf: np.asarray(leaf + 0.15 * generator.normal(size=leaf.shape), np.float32), model.params
+    )
     return model.replace(params=noisy)
 
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from omniopd_jax import prng
-from omniopd_jax.models import decoder
-from omniopd_jax.rollout import sampling
+from omniopd_jax import models, prng
+from omniopd_jax.rollout import decoding, sampler, sampling
 from omniopd_jax.rollout.sampler import sample
+from omniopd_jax.rollout.sampling import SamplingRule
 from tests.rollout.conftest import VOCAB
 
 P, T = 7, 12
 STOP, BANNED = (5, 9), (0, 1)
-PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 3, 5, 8], [11], [20, 21, 22, 23], []]
+PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 3, 5, 8], [11], [20, 21, 22, 23], [], *([token] * 2 for token in range(30, 46))]
+EMPTY = 4
 
 
 def _pack(prompts, width=P):
@@ -43,7 +44,7 @@ def _sample(model, prompts=PROMPTS, indices=None, *, seed=0, width=P, **options)
 
 @pytest.fixture(scope="module")
 def forward():
-    return jax.jit(decoder.logits)
+    return jax.jit(models.logits)
 
 
 @pytest.fixture(scope="module")
@@ -86,29 +87,51 @@ def test_each_token_is_the_draw_of_its_own_key_and_step(model, rollout, forward)
             assert token == np.searchsorted(cumulative[row, step], uniform, side="right")
 
 
-def test_a_response_ends_with_its_first_stop_token(model):
-    rollout = _sample(model, [[token, token + 1] for token in range(10, 42)])
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(rollout):
     ended = 0
     for row, response in enumerate(_responses(rollout)):
         stops = [step for step, token in enumerate(response) if token in STOP]
-        is_stopped = bool(stops)
-        assert bool(rollout.is_finished_B[row]) == is_stopped
-        assert len(response) == (stops[0] + 1 if is_stopped else T)
+        assert bool(rollout.is_finished_B[row]) == bool(stops)
+        assert len(response) == (stops[0] + 1 if stops else T if PROMPTS[row] else 0)
         np.testing.assert_array_equal(rollout.mask_BxT[row], np.arange(T) < len(response))
-        ended += is_stopped
-    assert 2 < ended < 30, "the case should hold both kinds"
+        ended += bool(stops)
+    assert 2 < ended < len(PROMPTS) - 2, "the case should hold both kinds"
 
 
 def test_neighbours_place_and_padding_do_not_matter(model, rollout):
     expected = _responses(rollout)
-    order = [4, 2, 0, 3, 1]
+    order = np.random.default_rng(0).permutation(len(PROMPTS))
     permuted = _sample(model, [PROMPTS[row] for row in order], order)
     assert _responses(permuted) == [expected[row] for row in order]
-    np.testing.assert_allclose(permuted.logprob_BxT, rollout.logprob_BxT[np.asarray(order)], atol=1e-5)
+    np.testing.assert_allclose(permuted.logprob_BxT, rollout.logprob_BxT[order], atol=1e-5)
 
     company = [[30, 31, 32], PROMPTS[3], [40], PROMPTS[0]]
     elsewhere = _responses(_sample(model, company, [7, 3, 8, 0], width=P + 4))
     assert [elsewhere[1], elsewhere[3]] == [expected[3], expected[0]]
+
+
+def test_refilled_slots_give_the_same_responses(model, rollout):
+    refilled = _sample(model, slots=8)  # two admitted at a time, the last of them alone
+    assert _responses(refilled) == _responses(rollout)
+    np.testing.assert_array_equal(refilled.is_finished_B, rollout.is_finished_B)
+    np.testing.assert_allclose(refilled.logprob_BxT, rollout.logprob_BxT, atol=1e-5)
+    np.testing.assert_allclose(refilled.entropy_BxT, rollout.entropy_BxT, atol=1e-5)
+    np.testing.assert_array_equal(refilled.prompt_tokens_BxP, rollout.prompt_tokens_BxP)
+
+
+def test_a_cache_that_grows_changes_nothing(model, rollout, monkeypatch):
+    monkeypatch.setattr(sampler, "FIRST_SEGMENT", 7)  # 7, then 12 tokens
+    grown = _sample(model)
+    assert _responses(grown) == _responses(rollout)
+    np.testing.assert_array_equal(grown.is_finished_B, rollout.is_finished_B)
+    np.testing.assert_allclose(grown.logprob_BxT, rollout.logprob_BxT, atol=1e-5)
+
+
+def test_the_cache_grows_by_doubling_to_the_limit():
+    assert sampler._segments(1) == (1,)
+    assert sampler._segments(256) == (256,)
+    assert sampler._segments(257) == (256, 257)
+    assert sampler._segments(2000) == (256, 512, 1024, 2000)
 
 
 def test_seeds_reproduce_and_differ(model, rollout):
@@ -118,17 +141,11 @@ def test_seeds_reproduce_and_differ(model, rollout):
     assert _responses(other) != _responses(rollout)
 
 
-def test_a_shorter_limit_gives_the_same_beginnings(model, rollout):
-    short = _sample(model, max_new_tokens=1)
-    assert _responses(short) == [response[:1] for response in _responses(rollout)]
-    for row, response in enumerate(_responses(short)):
-        assert bool(short.is_finished_B[row]) == bool(response and response[0] in STOP)
-
-
-def test_empty_prompts_give_empty_responses_and_do_no_harm(model, rollout):
-    assert _responses(rollout)[4] == [] and not rollout.is_finished_B[4]
+def test_empty_prompts_give_empty_responses_and_do_no_harm(rollout):
+    responses = _responses(rollout)
+    assert [row for row, response in enumerate(responses) if not response] == [EMPTY]
+    assert not rollout.is_finished_B[EMPTY]
     assert np.isfinite(rollout.logprob_BxT).all() and np.isfinite(rollout.entropy_BxT).all()
-    assert all(_responses(rollout)[:4])
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_pass(model, forward):
@@ -140,15 +157,16 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(model, forward):
     assert _responses(rollout) == _responses(_sample(model, temperature=0.0, seed=1))
 
 
-def test_banned_tokens_never_come_and_drawn_ones_follow_the_model(model, forward):
+def test_banned_tokens_never_come_and_drawn_ones_follow_the_model(model, rollout, forward):
     count = 4000
     tokens, mask = _pack([PROMPTS[0]] * count)
-    rollout = sample(model, tokens, mask, _keys(range(count)), max_new_tokens=1, banned_tokens=BANNED)
-    logits = np.asarray(forward(model, tokens[:5], mask[:5])[0, -1], np.float64)
+    first = sample(model, tokens, mask, _keys(range(count)), max_new_tokens=1, banned_tokens=BANNED)
+    assert first.tokens_BxT[0, 0] == rollout.tokens_BxT[0, 0], "a shorter limit gives the same beginning"
+    logits = np.asarray(forward(model, *rollout.sequence())[0, P - 1], np.float64)
     assert np.exp(_log_softmax(logits))[list(BANNED)].sum() > 1e-3, "the ban should have something to do"
     logits[list(BANNED)] = -np.inf
     expected = np.exp(_log_softmax(logits)) * count
-    frequency = np.bincount(np.asarray(rollout.tokens_BxT[:, 0]), minlength=VOCAB)
+    frequency = np.bincount(np.asarray(first.tokens_BxT[:, 0]), minlength=VOCAB)
     assert frequency[list(BANNED)].sum() == 0
     rare = expected < 5
     frequency = np.append(frequency[~rare], frequency[rare].sum())
@@ -156,23 +174,25 @@ def test_banned_tokens_never_come_and_drawn_ones_follow_the_model(model, forward
     assert stats.chisquare(frequency, expected).pvalue > 1e-3
 
 
-def test_the_loop_ends_when_every_row_has_stopped(model, monkeypatch):
-    """Every token stops: nothing is decoded, though the limit is far away."""
-    reads = []
-    uniforms = sampling.uniforms
+@pytest.mark.parametrize(("num_left", "reads"), [(0, 6), (1, 4), (2, 2), (3, 0)])
+def test_the_loop_ends_when_enough_rows_have_stopped(num_left, reads):
+    """Row r draws its stop token at step 2 r + 2 of a model that counts what it reads."""
+    rule = SamplingRule(temperature=0.0, stop_tokens=(1,))
 
-    def counted(keys, step):
-        jax.debug.callback(lambda _: reads.append(1), step[0])
-        return uniforms(keys, step)
+    def read_token(token_A, cache, is_active_A):
+        return jnp.full((3, 1), cache + 1.0), cache + 1
 
-    monkeypatch.setattr(sampling, "uniforms", counted)
-    everything = tuple(range(2, VOCAB))
-    rollout = _sample(model, stop_tokens=everything, max_new_tokens=T + 1)
-    jax.block_until_ready(rollout)
-    jax.effects_barrier()
-    assert len(reads) == 1
-    assert [len(response) for response in _responses(rollout)] == [1, 1, 1, 1, 0]
-    np.testing.assert_array_equal(rollout.is_finished_B, [True] * 4 + [False])
+    def draw(hidden_AxD, uniform_Ax1):
+        is_stop_A = hidden_AxD[:, 0] >= 2 * jnp.arange(3) + 2
+        return sampling.draw(jnp.stack([~is_stop_A, is_stop_A], axis=1) * 9.0, uniform_Ax1, rule)
+
+    zero_A = jnp.zeros(3, jnp.int32)
+    state = decoding.start(jnp.zeros((), jnp.int32), zero_A, zero_A, zero_A == 0, max_new_tokens=50)
+    keys_A = jax.random.split(jax.random.key(0), 3)
+    state = decoding.decode(state, read_token, draw, keys_A, rule, limit=50, until=50, num_left=num_left)
+    assert int(state.cache) == int(state.step) == reads
+    assert int(state.has_stopped_A.sum()) == 3 - num_left
+    np.testing.assert_array_equal(state.mask_AxT.sum(axis=1), np.minimum([2, 4, 6], reads))
 
 
 def test_new_parameters_prompts_and_keys_compile_nothing(model, rollout):
@@ -186,17 +206,19 @@ def test_new_parameters_prompts_and_keys_compile_nothing(model, rollout):
     )
     sample(changed, *prompts, keys, max_new_tokens=T, stop_tokens=STOP, banned_tokens=BANNED)
     assert compiled == []
-    sample(changed, *prompts, keys, max_new_tokens=T, stop_tokens=STOP, banned_tokens=BANNED, temperature=0.5)
-    assert compiled, "a new temperature is a new program; if not, this test counts nothing"
+    jax.jit(lambda array: array + 41)(np.zeros(3))
+    assert compiled, "a new program must be seen; if not, this test counts nothing"
 
 
 def test_inputs_that_do_not_fit_are_refused_in_one_sentence(model):
     tokens, mask = _pack(PROMPTS)
-    with pytest.raises(ValueError, match="5 prompts need as many keys"):
+    with pytest.raises(ValueError, match="21 prompts need as many keys"):
         sample(model, tokens, mask, _keys(range(4)), max_new_tokens=3)
     with pytest.raises(ValueError, match="P >= 1"):
-        sample(model, tokens[:, :0], mask[:, :0], _keys(range(5)), max_new_tokens=3)
+        sample(model, tokens[:, :0], mask[:, :0], _keys(range(21)), max_new_tokens=3)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        sample(model, tokens, mask, _keys(range(5)), max_new_tokens=0)
+        sample(model, tokens, mask, _keys(range(21)), max_new_tokens=0)
+    with pytest.raises(ValueError, match="slots"):
+        sample(model, tokens, mask, _keys(range(21)), max_new_tokens=3, slots=-1)
     with pytest.raises(ValueError, match="top_p"):
-        sample(model, tokens, mask, _keys(range(5)), max_new_tokens=3, top_p=1.5)
+        sample(model, tokens, mask, _keys(range(21)), max_new_tokens=3, top_p=1.5)
