@@ -41,7 +41,7 @@ def bucket(size: int) -> int:
     return width
 
 
-def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 4) -> TokenTree:
+def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 8) -> TokenTree:
     """The same loss and gradients from fewer tokens. Host arrays.
 
     - Equal branches (same response, start and tokens) become one whose weight is their sum.
@@ -57,7 +57,7 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
     has_weight_BxT = (tree.weight_BxT != 0) | (tree.anchor_weight_BxT != 0)
     rows = len(tree.tokens_BxT)
     count_B = np.bincount(row_K, minlength=rows)
-    width = _branch_slots(count_B, has_weight_BxT.any(axis=1), smallest_branches)
+    width = _branch_slots(count_B, has_weight_BxT.any(axis=1), smallest_branches, tree.branch_start_BxR.shape[1])
     source, slots = _layout(count_B, has_weight_BxT.any(axis=1), width)
 
     end = max(int(np.max(np.flatnonzero(has_weight_BxT.any(axis=0)), initial=-1)) + 1, branches["start"].max(initial=0))
@@ -90,7 +90,7 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
 
 def _merged(tree: TokenTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(row of each branch that is left, ascending; its tokens, mask, weight and start)."""
-    rows, slots, width = tree.branch_tokens_BxRxC.shape
+    width = tree.branch_tokens_BxRxC.shape[2]
     row, slot = np.nonzero((tree.branch_weight_BxRxC != 0).any(axis=2))
     mask = tree.branch_mask_BxRxC[row, slot]
     tokens = np.where(mask, tree.branch_tokens_BxRxC[row, slot], 0).astype(np.int32)
@@ -113,14 +113,14 @@ def _rows_needed(count_B: np.ndarray, has_trunk_B: np.ndarray, width: int) -> np
     return np.maximum(-(-count_B // max(width, 1)), has_trunk_B)
 
 
-def _branch_slots(count_B: np.ndarray, has_trunk_B: np.ndarray, smallest: int) -> int:
+def _branch_slots(count_B: np.ndarray, has_trunk_B: np.ndarray, smallest: int, most_slots: int) -> int:
     most = int(count_B.max(initial=0))
     if most == 0:
         return 0
     width = smallest
     while _rows_needed(count_B, has_trunk_B, width).sum() > len(count_B):
-        width = bucket(width + 1)
-    return width
+        width *= 2  # doublings alone: each width compiles the step anew, and rounding up costs little
+    return min(width, most_slots)
 
 
 def _layout(count_B: np.ndarray, has_trunk_B: np.ndarray, width: int) -> tuple[np.ndarray, list[np.ndarray]]:

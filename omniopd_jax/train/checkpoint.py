@@ -23,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 # What a resumed run may set anew. Everything else decides the numbers and has to stay as it was.
 MAY_CHANGE = (
     "train.steps",  # with a constant schedule: the others are drawn over it
+    "train.max_teacher_tokens",
     "train.checkpoint_every",
     "train.checkpoint_keep",
     "train.audit_log_every",
@@ -75,7 +76,7 @@ def check_same_config(before: Mapping[str, Any], config: Config, where: Path) ->
 
 
 def fingerprint(tree: PyTree) -> Array:
-    """uint32 sum of every bit pattern of a tree: the same whatever the sharding, other if a stored number is damaged."""
+    """uint32 sum of every bit pattern of a tree: the same whatever the sharding, another if a number is damaged."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
@@ -90,8 +91,10 @@ class Checkpoints:
     call. A folder gets its final name only when it is complete.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, config: Config, *, keep: int):
+        """Opens `folder` for a run of `config`."""
         self._folder = folder
+        self._config = config
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._fingerprint = jax.jit(fingerprint)
@@ -100,12 +103,17 @@ class Checkpoints:
         """Finished steps of the checkpoints found, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, config: Config, progress: Mapping[str, Any]) -> None:
+    @property
+    def last(self) -> str:
+        """Where a run that stops now goes on, as the end of a sentence."""
+        steps = self.steps()
+        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
+
+    def save(self, state: TrainState, progress: Mapping[str, Any]) -> None:
         """Starts to write the checkpoint of `state.step`, unless there is one.
 
         Args:
           state: what the step changes.
-          config: what it was made under.
           progress: JSON-ready, what else the run has to remember (teacher tokens spent).
 
         Raises:
@@ -116,7 +124,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {
-            "config": to_dict(config),
+            "config": to_dict(self._config),
             "progress": dict(progress),
             "shapes": _shapes(state),
             "fingerprint": int(self._fingerprint(state)),
@@ -135,12 +143,11 @@ class Checkpoints:
         except Exception as error:
             raise self._write_error(error) from error
 
-    def restore(self, like: TrainState, config: Config) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, progress) of the newest intact checkpoint; None where there is none at all.
 
         Args:
           like: a state of the shapes, dtypes and shardings wanted.
-          config: the run's config.
 
         Raises:
           WorkdirError: the checkpoint is of another config, or of a model or optimizer of other shapes.
@@ -155,7 +162,7 @@ class Checkpoints:
                 self._report_torn(step, error)
                 continue
             self._check_shapes(described["shapes"], like, step)
-            check_same_config(described["config"], config, self._folder / str(step))
+            check_same_config(described["config"], self._config, self._folder / str(step))
             try:
                 state = self._manager.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
@@ -194,10 +201,8 @@ class Checkpoints:
         is_full = any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain) or any(
             "no space left" in str(e).lower() for e in chain
         )
-        last = max(self._manager.all_steps(), default=None)
-        intact = "no checkpoint was written yet" if last is None else f"the one of step {last} is intact"
         reason = "the disk is full" if is_full else (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        return CheckpointError(f"A checkpoint could not be written to {self._folder}: {reason}; {intact}.")
+        return CheckpointError(f"A checkpoint could not be written to {self._folder}: {reason}; {self.last}.")
 
     def _check_shapes(self, stored: Mapping[str, str], like: TrainState, step: int) -> None:
         wanted = _shapes(like)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -35,7 +36,9 @@ def set_up_cache(setting: str) -> Path | None:
     except OSError as error:
         warnings.warn(f"No compilation cache: {folder} cannot be written ({error.strerror}).", stacklevel=2)
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_compilation_cache_dir != str(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()  # jax looks at the folder once, at the first compilation
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder

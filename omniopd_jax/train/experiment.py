@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from omniopd_jax import models, prng
-from omniopd_jax import teacher as teachers
 from omniopd_jax.config import Config, ConfigError
 from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer, read_prompts
+from omniopd_jax.data.preflight import Side, preflight, raise_errors
 from omniopd_jax.models import Model
+from omniopd_jax.models.parameters import parameter_table
 from omniopd_jax.similarity import get_similarity
+from omniopd_jax.teacher.factory import make_teacher
 from omniopd_jax.teacher.protocol import Teacher, Usage
 from omniopd_jax.teacher.verify import Similarity, VerifySettings
 from omniopd_jax.train import checkpoint, sharding
@@ -27,12 +29,12 @@ from omniopd_jax.train.evaluation import Evaluator, make_evaluator
 from omniopd_jax.train.metrics import RunLog
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from omniopd_jax.train.score import Student, make_student
+from omniopd_jax.train.small_world import with_world
 from omniopd_jax.train.step import (
     StepOptions,
     init_state,
     make_step,
     state_shardings,
-    trainable,
     with_trainable,
     without_trainable,
 )
@@ -105,6 +107,7 @@ def prepare(
     """
     checkpoint.claim_workdir(workdir, config)
     set_up_cache(config.train.compilation_cache)
+    given, config = config, with_world(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     if student is None and not config.student.path:
         raise ConfigError("config.student.path is empty: it names the folder of the model to be trained.")
@@ -116,8 +119,9 @@ def prepare(
     if config.rollout.temperature != 1:
         _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
 
-    student = _load_student(config, mesh) if student is None else _placed(student, mesh)
+    student = _load_student(config, mesh) if student is None else sharding.placed(student, mesh)
     sharding.check_fits(mesh, config, student.config)
+    _preflight(config, _side(tokenizer, student.config), None if teacher else _teacher_side(config), stream)
     if config.lora.rank > 0 and student.adapters is None:
         student = models.add_adapters(
             student,
@@ -128,20 +132,24 @@ def prepare(
         )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shardings = state_shardings(mesh, student, optimizer)
-    # A copy: the state is donated step by step, the student that came in is the reference (or the caller's).
-    params = jax.device_put(trainable(student), shardings.params, may_alias=False)
-    state = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+    state = init_state(student, optimizer, shardings)
     checkpoint.check_room(workdir, state)
 
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.checkpoint_keep)
-    found = checkpoints.restore(state, config)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", given, keep=config.train.checkpoint_keep)
+    found = checkpoints.restore(state)
     spent = Usage()
     if found is not None:
         state, progress = found
         spent = Usage(**progress["spent"])
 
     if teacher is None:
-        teacher = teachers.make_teacher(config, workdir)
+        teacher = make_teacher(
+            config.teacher,
+            workdir=workdir,
+            run_seed=config.train.seed,
+            template_args=config.data.template_args,
+            is_raw=not config.data.use_chat_template,
+        )
     try:
         if int(state.step) < config.train.steps:
             _LOG.info("%s", teacher.probe())
@@ -211,14 +219,35 @@ def _stream(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | No
         template_args=data.template_args,
         use_chat_template=data.use_chat_template,
     )
-    if stream.too_long:
-        shown = ", ".join(f"{name} ({length} tokens)" for name, length in stream.too_long[:5])
-        _LOG.warning(
-            "%d of %d prompts are longer than config.data.max_prompt_tokens=%d and left out: %s%s.",
-            len(stream.too_long), len(prompts), data.max_prompt_tokens, shown,
-            ", …" if len(stream.too_long) > 5 else "",
-        )  # fmt: skip
     return stream
+
+
+def _teacher_side(config: Config) -> Side | None:
+    """A local teacher's tokenizer and vocabulary; cheap, so a wrong folder shows before anything is loaded."""
+    if config.teacher.kind != "local":
+        return None
+    if not config.teacher.path:
+        raise ConfigError("config.teacher.path is empty: it names the folder of the local teacher.")
+    return _side(load_tokenizer(config.teacher.path), models.read_config(config.teacher.path))
+
+
+def _side(tokenizer: Tokenizer, decoder: models.DecoderConfig) -> Side:
+    count = sum(math.prod(parameter.shape) for parameter in parameter_table(decoder))
+    return Side(tokenizer, decoder.vocab_size, count)
+
+
+def _preflight(config: Config, student: Side, teacher: Side | None, stream: PromptStream) -> None:
+    findings = preflight(
+        student,
+        teacher,
+        stream,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        template_args=config.data.template_args,
+        use_chat_template=config.data.use_chat_template,
+    )
+    raise_errors(findings)
+    for finding in findings:
+        _LOG.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", finding.name, finding.text)
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -229,24 +258,13 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def _load_student(config: Config, mesh: Mesh) -> Model:
-    decoder = models.read_config(config.student.path)
+    decoder = models.read_config(Path(config.student.path))
     sharding.check_fits(mesh, config, decoder)
     return models.load_model(
         config.student.path,
         dtype=jnp.dtype(config.student.param_dtype),
         compute_dtype=compute_dtype(config.student.compute_dtype),
         shardings=sharding.config_shardings(mesh, decoder),
-    )
-
-
-def _placed(student: Model, mesh: Mesh) -> Model:
-    """The same arrays on the mesh."""
-    student = student.replace(params=jax.device_put(student.params, sharding.model_shardings(mesh, student)))
-    if student.adapters is None:
-        return student
-    axes = sharding.trainable_axes(student)
-    return student.replace(
-        adapters=jax.device_put(student.adapters, sharding.axes_shardings(mesh, student.adapters, axes))
     )
 
 

@@ -97,12 +97,11 @@ def run(
             if experiment.evaluator is not None and experiment.num_finished == 0:
                 with clock.phase("evaluate"):
                     experiment.log.write({"step": 0} | experiment.evaluator(experiment.model))
-            for index in range(experiment.num_finished, config.train.steps):
-                if 0 < config.train.max_teacher_tokens <= experiment.spent.completion_tokens:
-                    break
+            while not is_done(experiment):
+                index = experiment.num_finished
                 began = time.perf_counter()
                 metrics, audits, rollouts = one_step(experiment, index, clock, interrupts)
-                step = index + 1
+                step = experiment.num_finished
                 if experiment.evaluator is not None and config.eval.every and step % config.eval.every == 0:
                     interrupts.check()
                     with clock.phase("evaluate"):
@@ -133,6 +132,12 @@ def run(
     finally:
         counter.close()
         experiment.close()
+
+
+def is_done(experiment: Experiment) -> bool:
+    """All steps are taken, or the teacher has written as much as it may."""
+    train, written = experiment.config.train, experiment.spent.completion_tokens
+    return experiment.num_finished >= train.steps or 0 < train.max_teacher_tokens <= written
 
 
 def one_step(
@@ -189,8 +194,7 @@ def one_step(
         dollars=asked["teacher/dollars"],
     )
     metrics = _metrics(experiment, index, rollout, anchors, credit, packed, updated) | asked
-    logged = config.train.audit_log_every and (step % config.train.audit_log_every == 0 or step == config.train.steps)
-    if not logged:
+    if not config.train.audit_log_every or step % config.train.audit_log_every:
         return metrics, [], []
     return metrics, _complete(audits, credit), _rollout_lines(experiment, step, batch, rollout)
 
@@ -222,7 +226,7 @@ class Clock:
 def save(experiment: Experiment) -> None:
     """Checkpoints the finished steps."""
     progress = {"spent": dataclasses.asdict(experiment.spent)}
-    experiment.checkpoints.save(experiment.state, experiment.config, progress)
+    experiment.checkpoints.save(experiment.state, progress)
 
 
 @contextmanager
@@ -238,8 +242,7 @@ def _saved_when_stopped(experiment: Experiment) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{experiment.workdir} cannot be written ({error.strerror or error}); "
-            f"the last checkpoint, of step {max(experiment.checkpoints.steps(), default=0)}, is intact."
+            f"{experiment.workdir} cannot be written ({error.strerror or error}); {experiment.checkpoints.last}."
         ) from error
 
 

@@ -83,14 +83,15 @@ class JsonLines:
         self._path = path
         if path.is_file():
             _drop_later_lines(path, after_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # nothing is left to write when it is closed
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows and waits for the disk."""
         text = "".join(json.dumps(_plain(row), ensure_ascii=False, separators=(", ", ": ")) + "\n" for row in rows)
+        left = text.encode("utf-8")
+        while left:
+            left = left[self._file.write(left) :]
         if text:
-            self._file.write(text)
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

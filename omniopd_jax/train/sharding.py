@@ -118,3 +118,12 @@ def config_shardings(mesh: Mesh, decoder: DecoderConfig) -> PyTree:
     shapes = nest({parameter.path: jax.ShapeDtypeStruct(parameter.shape, jax.numpy.float32)
                    for parameter in parameter_table(decoder)})  # fmt: skip
     return axes_shardings(mesh, shapes, logical_axes(decoder))
+
+
+def placed(model: Model, mesh: Mesh) -> Model:
+    """The same arrays, on the mesh."""
+    model = model.replace(params=jax.device_put(model.params, model_shardings(mesh, model)))
+    if model.adapters is None:
+        return model
+    shardings = axes_shardings(mesh, model.adapters, trainable_axes(model))
+    return model.replace(adapters=jax.device_put(model.adapters, shardings))

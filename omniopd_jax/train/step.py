@@ -47,10 +47,6 @@ def with_trainable(frozen: Model, params: PyTree) -> Model:
     return frozen.replace(params=params) if frozen.adapters is None else frozen.replace(adapters=params)
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-
-
 def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """One sharding a leaf of the state; the optimizer's moments lie where their parameters lie."""
     params = trainable(model)
@@ -63,6 +59,16 @@ def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransform
         transform_non_params=lambda _: replicated(mesh),
     )
     return TrainState(step=replicated(mesh), params=of_params, opt_state=opt_state)
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The state before the first step. A copy: states are donated, `model` stays as it is."""
+    params = jax.device_put(trainable(model), shardings.params, may_alias=False)
+
+    def start(params: PyTree) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def tree_terms(

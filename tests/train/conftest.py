@@ -40,16 +40,20 @@ def tiny_model(vocab_size: int = 40, seed: int = 0) -> models.Model:
     )
 
 
-def make_config(**overrides: object) -> Config:
+def tiny_config(**overrides: object) -> Config:
     """configs/base.py at the room's sizes; `overrides` are {"section.knob": value}."""
     config = base.get_config()
-    config.student.path = "tiny"
     config.rollout.update(batch_size=8, max_new_tokens=24)
     config.audit.update(num_chunks=2, chunk_tokens=4, num_continuations=2)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=2)
     config.train.update(steps=6, checkpoint_every=3, compilation_cache="off")
     config.update_from_flattened_dict(overrides)
     return from_mapping(config)
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    return tiny_config
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,110 @@
+"""Packing changes what is computed, never what is summed."""
+
+from collections import defaultdict
+
+import jax
+import numpy as np
+import pytest
+
+from omniopd_jax.train import batching
+from omniopd_jax.types import TokenTree
+
+B, P, T, R, C = 6, 3, 40, 10, 4
+
+
+def random_tree(seed: int, *, has_trunk_weight: bool, density: float = 0.7) -> TokenTree:
+    """Few distinct branches, so that many are equal; some without weight, some rows without any."""
+    rng = np.random.default_rng(seed)
+    length_BxR = rng.integers(1, C + 1, (B, R))
+    branch_mask = np.arange(C) < length_BxR[..., None]
+    weight = rng.normal(size=(B, R, 1)) * (rng.random((B, R, 1)) < density) * (rng.random((B, 1, 1)) < 0.8)
+    mask_BxT = np.arange(T) < rng.integers(8, 15, (B, 1))
+    trunk_weight = rng.normal(size=(B, T)) * mask_BxT * has_trunk_weight
+    return TokenTree(
+        prompt_tokens_BxP=rng.integers(0, 30, (B, P)).astype(np.int32),
+        prompt_mask_BxP=np.ones((B, P), bool),
+        tokens_BxT=rng.integers(0, 30, (B, T)).astype(np.int32),
+        mask_BxT=mask_BxT,
+        weight_BxT=trunk_weight.astype(np.float32),
+        anchor_weight_BxT=(np.abs(trunk_weight) * (rng.random((B, T)) < 0.5)).astype(np.float32),
+        branch_tokens_BxRxC=rng.integers(0, 2, (B, R, C)).astype(np.int32),
+        branch_mask_BxRxC=branch_mask,
+        branch_weight_BxRxC=(weight * branch_mask).astype(np.float32),
+        branch_start_BxR=rng.choice([2, 5], (B, R)).astype(np.int32),
+    )
+
+
+def contents(tree: TokenTree) -> dict[tuple, np.ndarray]:
+    """What a tree sums: (prefix, tokens) of each branch → its weights; (prefix, token) of the trunk → its weights."""
+    found = defaultdict(float)
+    for b in range(len(tree.tokens_BxT)):
+        prompt = tuple(tree.prompt_tokens_BxP[b])
+        for r in range(tree.branch_start_BxR.shape[1]):
+            mask = tree.branch_mask_BxRxC[b, r]
+            prefix = prompt + tuple(tree.tokens_BxT[b, : tree.branch_start_BxR[b, r]])
+            key = (prefix, tuple(tree.branch_tokens_BxRxC[b, r][mask]))
+            found[key] += tree.branch_weight_BxRxC[b, r].astype(np.float64).sum()
+        for t in range(tree.tokens_BxT.shape[1]):
+            key = (prompt + tuple(tree.tokens_BxT[b, :t]), int(tree.tokens_BxT[b, t]))
+            found["trunk", key] += tree.weight_BxT[b, t]
+            found["anchor", key] += tree.anchor_weight_BxT[b, t]
+    return {key: value for key, value in found.items() if abs(value) > 1e-6}
+
+
+@pytest.mark.parametrize("has_trunk_weight", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_keeps_every_weight_and_nothing_else(seed, has_trunk_weight):
+    tree = random_tree(seed, has_trunk_weight=has_trunk_weight)
+    packed = batching.pack(tree, smallest_branches=2)
+    before, after = contents(tree), contents(packed)
+    assert before.keys() == after.keys()
+    np.testing.assert_allclose([after[key] for key in before], list(before.values()), rtol=1e-5, atol=1e-7)
+    assert len(packed.tokens_BxT) == B
+    assert packed.branch_start_BxR.shape[1] <= R
+    assert packed.tokens_BxT.shape[1] < T
+
+
+def test_equal_branches_become_one():
+    tree = random_tree(0, has_trunk_weight=False, density=1.0)
+    tree = jax.tree.map(np.array, tree)
+    for array in (tree.branch_tokens_BxRxC, tree.branch_mask_BxRxC, tree.branch_start_BxR):
+        array[:] = array[:, :1]
+    tree.branch_weight_BxRxC[:] = 0.25
+    packed = batching.pack(tree, smallest_branches=1)
+    assert packed.branch_start_BxR.shape == (B, 1)
+    np.testing.assert_array_equal(packed.branch_weight_BxRxC, np.full((B, 1, C), R * 0.25, np.float32))
+
+
+def test_weights_that_cancel_are_dropped_and_a_full_row_moves_on_to_an_empty_one():
+    tree = jax.tree.map(np.array, random_tree(1, has_trunk_weight=False, density=1.0))
+    tree.branch_weight_BxRxC[:] = 0
+    tree.branch_weight_BxRxC[0] = np.arange(1, R + 1)[:, None]  # all of the weight in one row
+    tree.branch_tokens_BxRxC[0] = np.arange(R)[:, None]  # all different
+    packed = batching.pack(tree, smallest_branches=2)
+    assert packed.branch_start_BxR.shape[1] == 2  # 10 branches in 5 rows of 2, not one row of 10
+    assert sorted(packed.branch_weight_BxRxC[:, :, 0].ravel())[-R:] == list(range(1, R + 1))
+    tree.branch_tokens_BxRxC[0] = 1
+    tree.branch_mask_BxRxC[0] = True
+    tree.branch_start_BxR[0] = 5
+    tree.branch_weight_BxRxC[0] = np.where(np.arange(R) % 2, 0.3, -0.3)[:, None]
+    tree.branch_weight_BxRxC[1, 0] = 1.0
+    assert (batching.pack(tree).branch_weight_BxRxC != 0).any(axis=2).sum() == 1
+
+
+def test_a_tree_without_any_weight_packs():
+    tree = jax.tree.map(np.zeros_like, random_tree(2, has_trunk_weight=False))
+    packed = batching.pack(tree)
+    assert packed.branch_start_BxR.shape == (B, 0)
+
+
+def test_buckets_are_few_and_wide_enough():
+    sizes = [batching.bucket(size) for size in range(1, 2000)]
+    assert all(size >= wanted for wanted, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) <= 22
+    assert max(size / wanted for wanted, size in enumerate(sizes, start=1)) <= 1.5
+
+
+def test_micro_batches_are_consecutive_rows():
+    tree = random_tree(3, has_trunk_weight=True)
+    parts = batching.micro_batches(tree, 3)
+    np.testing.assert_array_equal(parts.tokens_BxT[1], tree.tokens_BxT[2:4])
