@@ -9,6 +9,7 @@ Running the same command again resumes the run.
 from absl import flags
 
 from experiments import command
+from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; running again with the same one resumes it.")
@@ -17,6 +18,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     config = command.read_config(_CONFIG)
+    if config.teacher.kind in API_KINDS:
+        print(projected_cost(config))
+        if config.teacher.dry_run:
+            return
     from omniopd_jax import report
     from omniopd_jax.train import loop
 

@@ -18,6 +18,8 @@ from typing import Any
 from omniopd_jax.config import Config, ConfigError
 from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
 
+API_KINDS = ("openai", "anthropic", "gemini")  # kinds of teachers that may cost money
+
 _OURS = Path(__file__).with_name("prices.json")
 _STALE_DAYS = 120
 CHARACTERS_A_TOKEN = 3.0  # first guess, low on purpose: English prose has about 4; corrected by what the server counts
@@ -221,7 +223,7 @@ def projected_cost(config: Config) -> str:
     prompt_tokens = calls * (config.data.max_prompt_tokens + rollout.max_new_tokens / 2)
     completion_tokens = responses * chunks * audit.num_continuations * audit.chunk_tokens * teacher.token_slack
     steps = config.train.steps
-    price = find_price(teacher.model, teacher.prices) if teacher.kind in ("openai", "anthropic", "gemini") else None
+    price = find_price(teacher.model, teacher.prices) if teacher.kind in API_KINDS else None
     lines = [
         f"Teacher {teacher.kind} {teacher.model or teacher.path}: at most {calls:,} calls, {prompt_tokens:,.0f} prompt "
         f"and {completion_tokens:,.0f} completion tokens a step; {calls * steps:,} calls in {steps} steps."

@@ -3,6 +3,9 @@
 import asyncio
 import datetime
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from configs import base
@@ -11,6 +14,7 @@ from omniopd_jax.config import ConfigError, from_mapping
 from omniopd_jax.teacher.budget import Budget, Caps, Price, find_price, projected_cost
 from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
 
+ROOT = Path(__file__).resolve().parents[2]
 PRICE = Price(input=1.0, output=5.0, date="2026-11-01")
 
 
@@ -88,3 +92,14 @@ def test_projection_is_an_upper_bound_in_numbers():
     assert "at most 256 calls" in text  # one call brings all N
     assert "No price is known" in text
     assert "No cap is set." in text
+
+
+def test_a_dry_run_prints_the_projection_and_makes_nothing(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", f"--workdir={tmp_path}/run",
+        "--config.teacher.kind=anthropic", "--config.teacher.model=claude-haiku-4-5", "--config.teacher.dry_run=True",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "claude-haiku-4-5: at most 32 calls" in done.stdout
+    assert not (tmp_path / "run").exists()
