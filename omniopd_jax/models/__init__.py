@@ -6,6 +6,7 @@ from omniopd_jax.models.decoder import (
     decode_branches,
     for_decoding,
     init_model,
+    logical_axes,
     logits,
     open_branches,
     read,
@@ -16,7 +17,6 @@ from omniopd_jax.models.families import DecoderConfig, ModelError, decoder_confi
 from omniopd_jax.models.hf_weights import load_model, save_model
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.lora import add_adapters, merge, save_adapters
-from omniopd_jax.models.parameters import logical_axes
 
 __all__ = [
     "BranchCache",

@@ -18,7 +18,8 @@ from flax import struct
 from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, StepContext, TreeContext
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
-from omniopd_jax.models.layers import Layer, LayerTraits, RMSNorm
+from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
+from omniopd_jax.models.parameters import initial_params, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
 
@@ -40,7 +41,6 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     compute_dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     adapter_scale: float = 1.0  # alpha / rank of the adapters
 
     @nn.compact
@@ -49,11 +49,9 @@ class Decoder(nn.Module):
     ) -> tuple[Array, Any]:
         """Returns (hidden_BxNxD after the final norm, what each layer's attention kept, stacked over layers)."""
         c = self.config
-        start = nn.initializers.normal(c.hidden_size**-0.5 / c.embedding_scale)
-        embedding = self.param("embedding", start, (c.vocab_size, c.hidden_size), self.param_dtype)
+        embedding = self.param("embedding", DECLARED, (c.vocab_size, c.hidden_size))
         if not c.is_tied:
-            start = nn.initializers.normal(c.hidden_size**-0.5)
-            self.param("lm_head", start, (c.hidden_size, c.vocab_size), self.param_dtype)
+            self.param("lm_head", DECLARED, (c.hidden_size, c.vocab_size))
         x = embed(self, embedding, tokens_BxN)
         traits = LayerTraits(
             window=jnp.asarray([window or 2**30 for window in c.window_L], jnp.int32),
@@ -67,8 +65,8 @@ class Decoder(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax annotates an int
             length=c.num_layers,
         )
-        x, kept = scanned(c, self.adapter_scale, self.param_dtype, name="layers")(x, traits, ropes, context)
-        return RMSNorm(c.norm_eps, c.norm_offset, 1, self.param_dtype, name="final_norm")(x), kept
+        x, kept = scanned(c, self.adapter_scale, name="layers")(x, traits, ropes, context)
+        return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x), kept
 
 
 def _rematerialised(layer: Any, remat: Remat) -> Any:
@@ -88,15 +86,23 @@ def embed(module: Decoder, embedding_VxD: Array, tokens: Array) -> Array:
 
 
 def init_model(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, *, compute_dtype: Any = None) -> Model:
-    """A model with random weights: normal, variance 1 / inputs, residual outputs smaller by sqrt(2 L)."""
-    module = Decoder(config, jnp.dtype(compute_dtype or dtype), jnp.dtype(dtype))
+    """A model with random weights, see `initial_params`.
 
-    def start(key: Array) -> PyTree:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        context = CausalContext(Keys(tokens == 0, tokens, is_windowed(config)), keeps_cache=False)
-        return module.init(key, tokens, tokens, context)["params"]
+    Args:
+      dtype: of the parameters.
+      compute_dtype: of activations and matrix products; None: `dtype`.
+    """
+    module = Decoder(config, jnp.dtype(compute_dtype or dtype))
+    params = jax.jit(initial_params, static_argnums=(0, 2))(config, key, jnp.dtype(dtype))
+    return Model(config=config, module=module, params=params)
 
-    return Model(config=config, module=module, params=jax.jit(start)(key))
+
+def logical_axes(model: Model) -> PyTree:
+    """A tree like `model.params` whose leaves are tuples of logical axis names, one an axis of the parameter.
+
+    The names are those of `parameters.AXES`. To jax.tree functions pass `is_leaf=lambda x: isinstance(x, tuple)`.
+    """
+    return nest({row.path: row.axes for row in parameter_table(model.config)})
 
 
 def is_windowed(config: DecoderConfig) -> bool:
@@ -182,7 +188,7 @@ def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any)
     config, module, params = model.config, model.module, model.params
     x = embed(module, params["embedding"], tokens_BxN)
     ropes = tuple(rotation(rope, config.head_dim, position_BxN) for rope in config.ropes)
-    layer_module = Layer(config, module.adapter_scale, module.param_dtype)
+    layer_module = Layer(config, module.adapter_scale)
     kept = []
     for layer in range(config.num_layers):
         variables = {"params": params["layers"][layer]}
@@ -191,7 +197,7 @@ def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any)
         traits = LayerTraits(window=config.window_L[layer], rope_index=config.rope_index_L[layer])
         x, kept_here = cast(tuple[Array, Any], layer_module.apply(variables, x, traits, ropes, context_of(layer)))
         kept.append(kept_here)
-    norm = RMSNorm(config.norm_eps, config.norm_offset, 1, module.param_dtype)
+    norm = RMSNorm(config.norm_eps, config.norm_offset)
     return cast(Array, norm.apply({"params": params["final_norm"]}, x)), kept
 
 

@@ -64,7 +64,7 @@ def load_model(
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         leaves[parameter.path] = _place(parameter, checkpoint, dtype, sharding)
     _check_tied(folder, config, checkpoint)
-    module = Decoder(config, jnp.dtype(compute_dtype or dtype), dtype)
+    module = Decoder(config, jnp.dtype(compute_dtype or dtype))
     return Model(config=config, module=module, params=nest(leaves))
 
 

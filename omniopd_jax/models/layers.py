@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.rope import rotate
 from omniopd_jax.types import Array
+
+# a parameter's name and shape are declared here; how it starts stands in the table of `parameters.py`
+DECLARED = nn.initializers.zeros
 
 
 @struct.dataclass
@@ -30,14 +32,12 @@ class RMSNorm(nn.Module):
     eps: float
     offset: float = 0.0
     num_axes: int = 1
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         axes = tuple(range(-self.num_axes, 0))
         shape = x.shape[-self.num_axes :]
-        start = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", start, shape, self.param_dtype)
+        scale = self.param("scale", DECLARED, shape)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + self.eps)
         return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
@@ -49,19 +49,15 @@ class Linear(nn.Module):
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     has_bias: bool = False
-    gain: float = 1.0  # of the initial kernel, beside 1 / sqrt(inputs)
     adapter_scale: float = 1.0
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         num_in = len(self.in_shape)
-        std = self.gain * float(np.prod(self.in_shape)) ** -0.5
-        start = nn.initializers.normal(std)
-        kernel = self.param("kernel", start, (*self.in_shape, *self.out_shape), self.param_dtype)
+        kernel = self.param("kernel", DECLARED, (*self.in_shape, *self.out_shape))
         y = _contract(x, kernel, num_in)
         if self.has_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+            bias = self.param("bias", DECLARED, self.out_shape)
             y = y + bias.astype(x.dtype)
         if self.has_variable("lora", "a"):
             low = _contract(x, self.get_variable("lora", "a"), num_in)
@@ -77,25 +73,23 @@ def _contract(x: Array, kernel: Array, num_in: int) -> Array:
 class Attention(nn.Module):
     config: DecoderConfig
     adapter_scale: float
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, rope: tuple[Array, Array], traits: LayerTraits, context: Any) -> tuple[Array, Any]:
         c = self.config
-        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
+        linear = functools.partial(Linear, adapter_scale=self.adapter_scale)
         width, heads, kv_heads = (c.hidden_size,), (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         q = linear(width, heads, c.has_qkv_bias, name="q_proj")(x)
         k = linear(width, kv_heads, c.has_qkv_bias, name="k_proj")(x)
         v = linear(width, kv_heads, c.has_qkv_bias, name="v_proj")(x)
         if c.qk_norm != "none":
             num_axes = 1 if c.qk_norm == "head" else 2
-            norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, num_axes, self.param_dtype)
+            norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, num_axes)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         cos, sin = rope
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out, kept = context.attend(q, k, v, traits.window, scale=c.attention_scale, softcap=c.attention_softcap)
-        gain = (2 * c.num_layers) ** -0.5  # the residual stream's variance does not grow with depth
-        return linear(heads, width, c.has_o_bias, gain, name="o_proj")(out), kept
+        return linear(heads, width, c.has_o_bias, name="o_proj")(out), kept
 
 
 class FeedForward(nn.Module):
@@ -103,17 +97,15 @@ class FeedForward(nn.Module):
 
     config: DecoderConfig
     adapter_scale: float
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        linear = functools.partial(Linear, adapter_scale=self.adapter_scale, param_dtype=self.param_dtype)
+        linear = functools.partial(Linear, adapter_scale=self.adapter_scale)
         width, inner = (c.hidden_size,), (c.mlp_dim,)
         gate = linear(width, inner, c.has_mlp_bias, name="gate_proj")(x)
         up = linear(width, inner, c.has_mlp_bias, name="up_proj")(x)
-        gain = (2 * c.num_layers) ** -0.5
-        return linear(inner, width, c.has_mlp_bias, gain, name="down_proj")(activate(c.activation, gate) * up)
+        return linear(inner, width, c.has_mlp_bias, name="down_proj")(activate(c.activation, gate) * up)
 
 
 class RoutedFeedForward(nn.Module):
@@ -124,29 +116,27 @@ class RoutedFeedForward(nn.Module):
 
     config: DecoderConfig
     adapter_scale: float
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
         experts, width, inner = c.num_experts, c.hidden_size, c.mlp_dim
         tokens = x.reshape(-1, width)
-        router = Linear((width,), (experts,), param_dtype=self.param_dtype, name="router")
+        router = Linear((width,), (experts,), name="router")
         probability = jax.nn.softmax(router(tokens).astype(jnp.float32), axis=-1)
         weight, expert = jax.lax.top_k(probability, c.experts_per_token)
         if c.is_topk_normalised:
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
 
-        def kernel(name: str, inputs: int, outputs: int, gain: float = 1.0) -> Array:
-            start = nn.initializers.normal(gain * inputs**-0.5)
-            return self.param(name, start, (experts, inputs, outputs), self.param_dtype).astype(x.dtype)
+        def kernel(name: str, inputs: int, outputs: int) -> Array:
+            return self.param(name, DECLARED, (experts, inputs, outputs)).astype(x.dtype)
 
         order = jnp.argsort(expert.reshape(-1))
         rows = tokens[order // c.experts_per_token]
         sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
         gate = jax.lax.ragged_dot(rows, kernel("gate_proj", width, inner), sizes)
         up = jax.lax.ragged_dot(rows, kernel("up_proj", width, inner), sizes)
-        down = kernel("down_proj", inner, width, (2 * c.num_layers) ** -0.5)
+        down = kernel("down_proj", inner, width)
         out = jax.lax.ragged_dot(activate(c.activation, gate) * up, down, sizes)
         out = out * weight.reshape(-1)[order, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[order // c.experts_per_token].add(out).reshape(x.shape)
@@ -161,7 +151,6 @@ class Layer(nn.Module):
 
     config: DecoderConfig
     adapter_scale: float
-    param_dtype: Any
 
     @nn.compact
     def __call__(
@@ -169,16 +158,16 @@ class Layer(nn.Module):
     ) -> tuple[Array, Any]:
         c = self.config
         has_pre, has_post = c.norm_placement != "post", c.norm_placement != "pre"
-        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset, 1, self.param_dtype)
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
         mlp = RoutedFeedForward if c.num_experts else FeedForward
 
         y = norm(name="attention_pre_norm")(x) if has_pre else x
         rope = _pick_rope(ropes, traits.rope_index)
-        y, kept = Attention(c, self.adapter_scale, self.param_dtype, name="attention")(y, rope, traits, context)
+        y, kept = Attention(c, self.adapter_scale, name="attention")(y, rope, traits, context)
         x = x + (norm(name="attention_post_norm")(y) if has_post else y)
 
         y = norm(name="mlp_pre_norm")(x) if has_pre else x
-        y = mlp(c, self.adapter_scale, self.param_dtype, name="mlp")(y)
+        y = mlp(c, self.adapter_scale, name="mlp")(y)
         x = x + (norm(name="mlp_post_norm")(y) if has_post else y)
         return x, kept
 

@@ -1,6 +1,6 @@
-"""The table of a decoder's parameters: where each stands in the tree, its axes, and its name in HF checkpoints.
+"""The table of a decoder's parameters: where each stands in the tree, its axes, its start, its name in HF checkpoints.
 
-One table serves loading, saving and sharding, so that they cannot disagree.
+One table serves initialisation, loading, saving and sharding, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax.models.decoder import Model
 from omniopd_jax.models.families import DecoderConfig
-from omniopd_jax.types import PyTree
+from omniopd_jax.types import Array, PyTree
 
 AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "layers")
 
@@ -28,6 +29,8 @@ class Parameter:
     hf_name: str  # with {layer} and {expert} where those axes exist
     num_stacked: int = 0  # leading axes that a checkpoint holds as separate tensors
     num_in: int = 0  # input axes after those; > 0: HF stores the matrix as [out, in]
+    mean: float = 0.0  # of its initial values
+    std: float = 0.0
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -58,16 +61,25 @@ class Parameter:
 def parameter_table(config: DecoderConfig) -> list[Parameter]:
     """Every parameter of a decoder, in the order in which checkpoints list them."""
     c = config
-    table = [Parameter(("embedding",), (c.vocab_size, c.hidden_size), ("vocab", "embed"), "model.embed_tokens.weight")]
-    table += _layer_table(c)
-    table.append(Parameter(("final_norm", "scale"), (c.hidden_size,), ("embed",), "model.norm.weight"))
+    rows = [
+        Parameter(
+            ("embedding",),
+            (c.vocab_size, c.hidden_size),
+            ("vocab", "embed"),
+            "model.embed_tokens.weight",
+            std=c.hidden_size**-0.5 / c.embedding_scale,
+        )
+    ]
+    rows += _layer_rows(c)
+    norm = Parameter(("final_norm", "scale"), (c.hidden_size,), ("embed",), "model.norm.weight", mean=1 - c.norm_offset)
+    rows.append(norm)
     if not c.is_tied:
-        shape = (c.hidden_size, c.vocab_size)
-        table.append(Parameter(("lm_head",), shape, ("embed", "vocab"), "lm_head.weight", num_in=1))
-    return table
+        shape, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
+        rows.append(Parameter(("lm_head",), shape, axes, "lm_head.weight", num_in=1, std=c.hidden_size**-0.5))
+    return rows
 
 
-def _layer_table(c: DecoderConfig) -> list[Parameter]:
+def _layer_rows(c: DecoderConfig) -> list[Parameter]:
     sizes = dict(
         embed=c.hidden_size,
         heads=c.num_heads,
@@ -77,45 +89,45 @@ def _layer_table(c: DecoderConfig) -> list[Parameter]:
         experts=c.num_experts,
         layers=c.num_layers,
     )
-    table = []
+    rows = []
 
-    def add(path: str, axes: str, hf_name: str, num_in: int = 0, num_stacked: int = 1) -> None:
+    def add(path: str, axes: str, hf_name: str, **fields: Any) -> None:
         names = ("layers", *axes.split())
-        table.append(
-            Parameter(
-                path=("layers", *path.split(".")),
-                shape=tuple(sizes[name] for name in names),
-                axes=names,
-                hf_name="model.layers.{layer}." + hf_name,
-                num_stacked=num_stacked,
-                num_in=num_in,
-            )
-        )
+        shape = tuple(sizes[name] for name in names)
+        row = Parameter(("layers", *path.split(".")), shape, names, "model.layers.{layer}." + hf_name, 1)
+        rows.append(dataclasses.replace(row, **fields))
 
-    def linear(path: str, inputs: str, outputs: str, has_bias: bool, hf_name: str) -> None:
-        add(f"{path}.kernel", f"{inputs} {outputs}", f"{hf_name}.weight", num_in=len(inputs.split()))
+    def norm(path: str, axes: str, hf_name: str) -> None:
+        add(f"{path}.scale", axes, f"{hf_name}.weight", mean=1 - c.norm_offset)
+
+    def linear(path: str, inputs: str, outputs: str, has_bias: bool, hf_name: str, gain: float = 1.0) -> None:
+        num_inputs = math.prod(sizes[name] for name in inputs.split())
+        fields = dict(num_in=len(inputs.split()), std=gain * num_inputs**-0.5)
+        add(f"{path}.kernel", f"{inputs} {outputs}", f"{hf_name}.weight", **fields)
         if has_bias:
             add(f"{path}.bias", outputs, f"{hf_name}.bias")
 
+    residual_gain = (2 * c.num_layers) ** -0.5  # the residual stream's variance does not grow with depth
     for ours, theirs in _NORMS[c.norm_placement].items():
-        add(f"{ours}.scale", "embed", f"{theirs}.weight")
+        norm(ours, "embed", theirs)
     for name in ("q", "k", "v"):
         heads = "heads" if name == "q" else "kv_heads"
         linear(f"attention.{name}_proj", "embed", f"{heads} head_dim", c.has_qkv_bias, f"self_attn.{name}_proj")
         if c.qk_norm != "none" and name != "v":
             axes = "head_dim" if c.qk_norm == "head" else f"{heads} head_dim"
-            add(f"attention.{name}_norm.scale", axes, f"self_attn.{name}_norm.weight")
-    linear("attention.o_proj", "heads head_dim", "embed", c.has_o_bias, "self_attn.o_proj")
+            norm(f"attention.{name}_norm", axes, f"self_attn.{name}_norm")
+    linear("attention.o_proj", "heads head_dim", "embed", c.has_o_bias, "self_attn.o_proj", residual_gain)
     if c.num_experts:
         linear("mlp.router", "embed", "experts", False, "mlp.gate")
         for name, axes in (("gate_proj", "embed mlp"), ("up_proj", "embed mlp"), ("down_proj", "mlp embed")):
+            std = c.hidden_size**-0.5 if name != "down_proj" else residual_gain * c.mlp_dim**-0.5
             hf_name = f"mlp.experts.{{expert}}.{name}.weight"
-            add(f"mlp.{name}", f"experts {axes}", hf_name, num_in=1, num_stacked=2)
+            add(f"mlp.{name}", f"experts {axes}", hf_name, num_in=1, num_stacked=2, std=std)
     else:
         linear("mlp.gate_proj", "embed", "mlp", c.has_mlp_bias, "mlp.gate_proj")
         linear("mlp.up_proj", "embed", "mlp", c.has_mlp_bias, "mlp.up_proj")
-        linear("mlp.down_proj", "mlp", "embed", c.has_mlp_bias, "mlp.down_proj")
-    return table
+        linear("mlp.down_proj", "mlp", "embed", c.has_mlp_bias, "mlp.down_proj", residual_gain)
+    return rows
 
 
 # our norm → the checkpoint's; `post_attention_layernorm` means two things in HF's families
@@ -149,10 +161,16 @@ def leaf(tree: PyTree, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def logical_axes(model: Model | DecoderConfig) -> PyTree:
-    """A tree like `model.params` whose leaves are tuples of logical axis names (from AXES), one an axis.
+def initial_params(config: DecoderConfig, key: Array, dtype: Any) -> PyTree:
+    """Random parameters: normal, variance 1 / inputs, outputs into the residual stream smaller by sqrt(2 L).
 
-    With jax.tree functions pass `is_leaf=lambda x: isinstance(x, tuple)`.
+    All come from one draw: a generator compiled per parameter takes longer than training a small model's first steps.
     """
-    config = model.config if isinstance(model, Model) else model
-    return nest({parameter.path: parameter.axes for parameter in parameter_table(config)})
+    table = parameter_table(config)
+    sizes = [math.prod(row.shape) if row.std else 0 for row in table]
+    noise = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    leaves = {}
+    for row, draw in zip(table, noise, strict=True):
+        values = row.std * draw.reshape(row.shape) if row.std else jnp.zeros(row.shape)
+        leaves[row.path] = (row.mean + values).astype(dtype)
+    return nest(leaves)
