@@ -16,7 +16,7 @@ ILLNESSES = {
     },
     "The student stops no more": {"rollout/finished": lambda t: 0.95 * (1 - t)},
     "The student repeats itself": {"rollout/repetition": lambda t: 0.05 + 0.6 * t},
-    "Entropy has collapsed": {"rollout/entropy": lambda t: 0.5 * (1 - t) ** 2},
+    "Entropy has collapsed": {"rollout/entropy": lambda t: 0.5 * (1 - 0.85 * t)},
     "The teacher gives one answer only": {"audit/identical_share": lambda t: 0.99},
     "The teacher is dead": {"teacher/missing_share": lambda t: 0.0 if t < 0.5 else 1.0},
     "The teacher answers unreliably": {"teacher/missing_share": lambda t: 0.4},
