@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,10 +140,19 @@ def is_done(experiment: Experiment) -> bool:
     return experiment.num_finished >= train.steps or 0 < train.max_teacher_tokens <= written
 
 
-def one_step(
-    experiment: Experiment, index: int, clock: Clock, interrupts: Interrupts
-) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
-    """One update: prompts → responses → chunks → teacher → weights → update. Returns (metrics, audits, rollouts)."""
+class Observation(NamedTuple):
+    """What one batch of responses and the teacher's texts come to, before anything is trained. Host arrays."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    anchors: Anchors
+    credit: Credit
+    audits: list[dict[str, Any]]  # one record a chunk that the teacher was asked about
+    asked: dict[str, float]  # metrics of the audit
+
+
+def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interrupts) -> Observation:
+    """Prompts → responses → chunks → teacher → weights, of optimizer step `index` (from 0)."""
     config, student, model = experiment.config, experiment.student, experiment.model
     batch = experiment.stream.batch_for_step(index)
     step = index + 1
@@ -177,10 +186,18 @@ def one_step(
             seed=config.train.seed,
             step=step,
         )
-
-    with clock.phase("update"):
         credit = give_credit(config, rollout, anchors, verdicts, branches, _groups(batch))
-        packed = batching.pack(credit.tree)
+    return Observation(batch, rollout, anchors, credit, _complete(audits, credit), asked)
+
+
+def one_step(
+    experiment: Experiment, index: int, clock: Clock, interrupts: Interrupts
+) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """One update on what was observed. Returns (metrics, audits, rollouts)."""
+    config, step = experiment.config, index + 1
+    seen = observe(experiment, index, clock, interrupts)
+    with clock.phase("update"):
+        packed = batching.pack(seen.credit.tree)
         count = config.rollout.batch_size // (config.train.micro_batch_size or config.rollout.batch_size)
         trees = batching.to_devices(batching.micro_batches(packed, count), experiment.mesh, axis=1)
         experiment.state, on_devices = experiment.step(experiment.state, trees)
@@ -188,15 +205,15 @@ def one_step(
     _check_finite(step, {name: np.asarray(updated[name]) for name in TERMS}, is_finite=bool(updated.pop("is_finite")))
 
     experiment.spent += Usage(
-        prompt_tokens=int(asked["teacher/prompt_tokens"]),
-        completion_tokens=int(asked["teacher/completion_tokens"]),
-        calls=int(asked["teacher/calls"]),
-        dollars=asked["teacher/dollars"],
+        prompt_tokens=int(seen.asked["teacher/prompt_tokens"]),
+        completion_tokens=int(seen.asked["teacher/completion_tokens"]),
+        calls=int(seen.asked["teacher/calls"]),
+        dollars=seen.asked["teacher/dollars"],
     )
-    metrics = _metrics(experiment, index, rollout, anchors, credit, packed, updated) | asked
+    metrics = _metrics(experiment, index, seen, packed, updated) | seen.asked
     if not config.train.audit_log_every or step % config.train.audit_log_every:
         return metrics, [], []
-    return metrics, _complete(audits, credit), _rollout_lines(experiment, step, batch, rollout)
+    return metrics, seen.audits, _rollout_lines(experiment, step, seen.batch, seen.rollout)
 
 
 class Clock:
@@ -261,14 +278,9 @@ def _groups(batch: PromptBatch) -> np.ndarray:
 
 
 def _metrics(
-    experiment: Experiment,
-    index: int,
-    rollout: Rollout,
-    anchors: Anchors,
-    credit: Credit,
-    packed: TokenTree,
-    updated: Mapping[str, float],
+    experiment: Experiment, index: int, seen: Observation, packed: TokenTree, updated: Mapping[str, float]
 ) -> dict[str, float]:
+    rollout, anchors, credit = seen.rollout, seen.anchors, seen.credit
     mask_BxT, chunk_tokens = rollout.mask_BxT, experiment.config.audit.chunk_tokens
     tokens = max(int(mask_BxT.sum()), 1)
     length_B = mask_BxT.sum(axis=1)

@@ -115,9 +115,9 @@ def model_shardings(mesh: Mesh, model: Model) -> PyTree:
 
 def config_shardings(mesh: Mesh, decoder: DecoderConfig) -> PyTree:
     """The same for a model that is not loaded yet."""
-    shapes = nest({parameter.path: jax.ShapeDtypeStruct(parameter.shape, jax.numpy.float32)
-                   for parameter in parameter_table(decoder)})  # fmt: skip
-    return axes_shardings(mesh, shapes, logical_axes(decoder))
+    table = parameter_table(decoder)
+    shapes = nest({row.path: jax.ShapeDtypeStruct(row.shape, jax.numpy.float32) for row in table})
+    return axes_shardings(mesh, shapes, nest({row.path: row.axes for row in table}))
 
 
 def placed(model: Model, mesh: Mesh) -> Model:
