@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -40,12 +41,14 @@ def replace_rows(cache: KVCache, new: KVCache, source_B: Array, is_replaced_B: A
         is_replaced = is_replaced_B.reshape(-1, *[1] * (old.ndim - 1))
         return jnp.where(is_replaced, jnp.take(fresh, source_B, axis=0), old)
 
-    return jax.tree.map(choose, cache.replace(length=()), new.replace(length=())).replace(length=cache.length)
+    chosen = jax.tree.map(choose, dataclasses.replace(cache, length=()), dataclasses.replace(new, length=()))
+    return dataclasses.replace(chosen, length=cache.length)
 
 
 def _along_columns(change: Callable[[Array, int], Array], cache: KVCache) -> KVCache:
     """Applies a change to every array of the cache that has columns, naming their axis."""
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         k=tuple(change(layer, 3) for layer in cache.k),
         v=tuple(change(layer, 2) for layer in cache.v),
         mask_BxS=change(cache.mask_BxS, 1),

@@ -5,6 +5,7 @@ After gemma's `SamplingState`. Rows here are whatever is decoded side by side: A
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -70,7 +71,8 @@ def record(state: DecodingState, drawn: Draw, rule: SamplingRule, *, limit: int)
         is_stop_A |= token_A == stop_token
     is_stop_A &= is_active_A
     drawn_A = state.drawn_A + is_active_A
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
         token_A=token_A,
         drawn_A=drawn_A,
@@ -114,7 +116,7 @@ def decode(
         hidden_AxD, cache = read_token(state.token_A, state.cache, state.is_active_A)
         uniform_A = sampling.uniforms(keys_A, state.drawn_A)
         drawn = draw(hidden_AxD, uniform_A[:, None])
-        return record(state.replace(cache=cache), drawn, rule, limit=limit)
+        return record(dataclasses.replace(state, cache=cache), drawn, rule, limit=limit)
 
     return jax.lax.while_loop(goes_on, advance, state)
 

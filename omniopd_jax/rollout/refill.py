@@ -6,6 +6,7 @@ prompts, and lets it go on. All else stays on the device, and nothing is compile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -62,7 +63,7 @@ def sample(
             waiting, idle = waiting + group, idle[group:]
         is_waiting = waiting < num_prompts
         state = _decode(model, state, keys_W, np.int32(slots - group if is_waiting else 0), rule=rule)
-        is_active = np.asarray(state.is_active_B)
+        is_active = np.array(state.is_active_B)
         if not is_waiting and not is_active.any():
             break
     return Rollout(
@@ -82,9 +83,11 @@ def _empty(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens
     num_prompts, width = tokens_WxP.shape
     nothing = jnp.zeros((slots, 1), jnp.int32)
     _, cache = models.read(model, nothing, nothing > 0, cache_length=1)
+    assert cache is not None  # a length was given
+    cache = widen(cache, width + max_new_tokens - 1)
     shape = (num_prompts, max_new_tokens)
     return Slots(
-        cache=widen(cache, width + max_new_tokens - 1).replace(length=jnp.asarray(width, jnp.int32)),
+        cache=dataclasses.replace(cache, length=jnp.asarray(width, jnp.int32)),
         row_B=jnp.full(slots, num_prompts, jnp.int32),
         token_B=nothing[:, 0],
         drawn_B=nothing[:, 0],
@@ -115,13 +118,15 @@ def _admit(
     tokens_FxP, keys_F = tokens_WxP[read_F], keys_W[read_F]
     mask_FxP = mask_WxP[read_F] & (row_F < num_prompts)[:, None]
     hidden_FxPxD, cache = models.read(model, tokens_FxP, mask_FxP, cache_length=tokens_FxP.shape[1])
+    assert cache is not None  # a length was given
     zero_F = jnp.zeros_like(row_F)
     drawn = decoding.head(model, rule)(hidden_FxPxD[:, -1], sampling.uniforms(keys_F, zero_F)[:, None])
     fresh = decoding.start(cache, zero_F, zero_F, jnp.any(mask_FxP, axis=1), max_new_tokens=1)
     fresh = decoding.record(fresh, drawn, rule, limit=limit)
 
     is_slot_BxF = jnp.arange(state.row_B.shape[0])[:, None] == slot_F
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         cache=replace_rows(state.cache, cache, jnp.argmax(is_slot_BxF, axis=1), jnp.any(is_slot_BxF, axis=1)),
         row_B=state.row_B.at[slot_F].set(row_F),
         token_B=state.token_B.at[slot_F].set(fresh.token_A),
@@ -138,7 +143,7 @@ def _decode(model: models.Model, state: Slots, keys_W: Array, num_left: Array, *
     stepper = models.for_decoding(model)
 
     def read_token(token_B, cache, is_active_B):
-        cache = cache.replace(length=cache.length % columns)
+        cache = dataclasses.replace(cache, length=cache.length % columns)
         return models.decode(stepper, token_B, cache, is_real_B=is_active_B)
 
     before = decoding.start(state.cache, state.token_B, state.drawn_B, state.is_active_B, max_new_tokens=limit)
@@ -152,8 +157,8 @@ def _decode(model: models.Model, state: Slots, keys_W: Array, num_left: Array, *
         until=limit,
         num_left=num_left,
     )
-    state = state.replace(
-        cache=after.cache, token_B=after.token_A, drawn_B=after.drawn_A, is_active_B=after.is_active_A
+    state = dataclasses.replace(
+        state, cache=after.cache, token_B=after.token_A, drawn_B=after.drawn_A, is_active_B=after.is_active_A
     )
     return _collect(state, after, state.row_B, before.drawn_A)
 
@@ -168,7 +173,8 @@ def _collect(state: Slots, part: decoding.DecodingState, row_A: Array, first_A: 
         return whole_WxT.at[at].set(part_AxT, mode="drop")
 
     stopped_A = jnp.where(part.has_stopped_A, row_A, num_prompts)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens_WxT=put(state.tokens_WxT, part.tokens_AxT),
         mask_WxT=put(state.mask_WxT, part.mask_AxT),
         logprob_WxT=put(state.logprob_WxT, part.logprob_AxT),

@@ -6,6 +6,7 @@ batch and the width of the padding do not matter (beyond float32 reassociation o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -88,7 +89,7 @@ def sample(
     state = _read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
     for until in _segments(max_new_tokens):
         # The last token drawn is never read back, so it needs no column.
-        state = state.replace(cache=_widen(state.cache, columns=width + until - 1))
+        state = dataclasses.replace(state, cache=_widen(state.cache, columns=width + until - 1))
         state = _decode(model, state, keys_B, until=until, rule=rule)
         if until < max_new_tokens and not jnp.any(state.is_active_A):
             break

@@ -101,7 +101,7 @@ def test_branches_are_what_rereading_every_prefix_gives(which, request):
     np.testing.assert_array_equal(branches.mask_BxMxGxC[:2], mask[:2])
     np.testing.assert_allclose(branches.logprob_BxMxGxC[:2], logprob[:2], atol=1e-5)
     lengths = mask[:2].sum(-1)[VALID[:2]]
-    assert lengths.min() < C and lengths.max() == C, "the case should hold branches that stop and that do not"
+    assert set(lengths.ravel()) > {C}, "the case should hold branches that stop and that do not"
     assert len({tuple(row) for row in tokens[:2][VALID[:2]].reshape(-1, C)}) > 8, "the branches should differ"
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from omniopd_jax import models
 
-
 VOCAB = 61
 
 

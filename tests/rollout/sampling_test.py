@@ -11,7 +11,6 @@ from scipy import stats
 from omniopd_jax.rollout import sampling
 from omniopd_jax.rollout.sampling import SamplingRule
 
-
 _draw = jax.jit(sampling.draw, static_argnums=2)
 
 
@@ -103,7 +102,8 @@ def test_no_uniform_reaches_a_token_without_weight(vocab_size):
     uniform = np.concatenate([[0.0, 1e-45, 2.0**-23, 0.5, 1 - 2.0**-23, 1 - 2.0**-24], generator.random(200)])
     uniform = np.tile(uniform.astype(np.float32), (64, 1))
     token = np.asarray(jax.jit(sampling.inverse_cdf)(jnp.asarray(weight, jnp.float32), jnp.asarray(uniform)))
-    assert token.min() >= 0 and token.max() < vocab_size
+    assert token.min() >= 0
+    assert token.max() < vocab_size
     assert (np.take_along_axis(weight.astype(np.float32), token, axis=1) > 0).all()
 
 
