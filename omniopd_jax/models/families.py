@@ -264,12 +264,13 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: str | Path) -> DecoderConfig:
     """Reads `folder`/config.json.
 
     Raises:
       ModelError: no such folder or file, not JSON, or a model that we do not know.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder; a model folder holds config.json and *.safetensors.")
     path = folder / "config.json"

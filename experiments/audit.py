@@ -1,0 +1,105 @@
+"""One prompt, step by step, nothing trained: what the student writes, where it hesitates, what the teacher says there.
+
+    python -m experiments.audit --config=configs/gsm8k.py --prompt="What is 3 + 4?" \\
+        --config.student.path=STUDENT --config.teacher.path=TEACHER
+
+Works with any teacher that the config names. Colours show entropy where the terminal can; --seed draws anew.
+"""
+
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from experiments import command
+from omniopd_jax.config import Config
+
+_CONFIG = command.define_config()
+_PROMPT = flags.DEFINE_string("prompt", None, "The user's message, or the exact text without a chat template.")
+_ANSWER_SEED = flags.DEFINE_integer("seed", 0, "Draws another response.")
+flags.mark_flags_as_required(["config", "prompt"])
+
+_SHADES = (0, 226, 220, 214, 208, 202)  # 256-colour backgrounds, from none to strong
+
+
+def main() -> None:
+    config = command.read_config(_CONFIG)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, batch_size=1, samples_per_prompt=1),
+        train=dataclasses.replace(config.train, seed=_ANSWER_SEED.value, micro_batch_size=0),
+        mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+        eval=dataclasses.replace(config.eval, every=0),
+        logging=dataclasses.replace(config.logging, tensorboard=False),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        _show(config, Path(folder))
+
+
+def _show(config: Config, workdir: Path) -> None:
+    from omniopd_jax.train.experiment import prepare
+    from omniopd_jax.train.loop import Clock, observe
+    from omniopd_jax.train.stops import Interrupts
+    from omniopd_jax.types import Message, Prompt
+
+    is_raw = not config.data.use_chat_template
+    system = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
+    prompt = Prompt("prompt", (*system, Message("user", _PROMPT.value)), is_raw=is_raw)
+    experiment = prepare(config, workdir, prompts=[prompt])
+    try:
+        seen = observe(experiment, 0, Clock(), Interrupts())
+    finally:
+        experiment.close()
+    length = int(seen.rollout.mask_BxT[0].sum())
+    words = experiment.tokenizer.token_texts(seen.rollout.tokens_BxT[0, :length].tolist())
+    entropy = seen.rollout.entropy_BxT[0, :length].tolist()
+    print(f"prompt    {_PROMPT.value}\nteacher   {experiment.teacher.name}\n")
+    print(f"response, {length} tokens; entropy {_scale()} nats\n")
+    print(_joined(words, entropy, {audit["start"] for audit in seen.audits}) + "\n")
+    for audit in seen.audits:
+        print(
+            f"[{audit['start']}]  entropy {audit['entropy']:.2f}   prior {audit['prior']:.3f}"
+            f"   k = {audit['score_sum']:.2f} of n = {audit['count']}"
+            + (f"   target {audit['target']:.3f}" if audit["target"] is not None else "")
+        )
+        print(f"      student   {audit['chunk']!r}")
+        for continuation in sorted(audit["continuations"], key=lambda found: -found["score"]):
+            print(f"      teacher   {continuation['score']:.2f}  {continuation['text']!r}")
+        for branch in sorted(audit["branches"], key=lambda found: -found["score"]):
+            print(f"      branch    {branch['score']:.2f}  weight {branch['weight']:+.3f}  {branch['text']!r}")
+    if not seen.audits:
+        print(f"No chunk of {config.audit.chunk_tokens} tokens fits into this response: nothing is audited.")
+
+
+def _has_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _shade(entropy: float) -> int:
+    return _SHADES[min(int(entropy * 2.5), len(_SHADES) - 1)]
+
+
+def _scale() -> str:
+    if not _has_colour():
+        return "is shown below, in"
+    return " ".join(_coloured(f" {value:.1f} ", value) for value in (0.2, 0.6, 1.0, 1.4, 1.8, 2.2))
+
+
+def _coloured(text: str, entropy: float) -> str:
+    shade = _shade(entropy)
+    return f"\x1b[48;5;{shade}m\x1b[30m{text}\x1b[0m" if _has_colour() and shade else text
+
+
+def _joined(words: list[str], entropy: list[float], starts: set[int]) -> str:
+    """The response with entropy as colour; each audited chunk begins with its position in brackets."""
+    spaces = "" if any(word.startswith((" ", "\n")) for word in words) else " "  # word-level vocabularies have none
+    # What a model wrote must not steer the terminal.
+    safe = [word if word.isprintable() or word in ("\n", "\t") else repr(word)[1:-1] for word in words]
+    return spaces.join((f"[{i}]" if i in starts else "") + _coloured(word, entropy[i]) for i, word in enumerate(safe))
+
+
+if __name__ == "__main__":
+    command.run(main)
