@@ -5,7 +5,6 @@ python -m experiments.cache --cache=WORKDIR/teacher_cache.sqlite --export=answer
 python -m experiments.cache --cache=other.sqlite --import=answers.jsonl                  # made where absent
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -28,12 +27,12 @@ def main() -> None:
         cache = Cache(path)
         try:
             if _IMPORT.value:
-                source = sys.stdin if _IMPORT.value == "-" else Path(_IMPORT.value).open(encoding="utf-8", newline="\n")
-                with source as lines:
+                with open(
+                    _stream(_IMPORT.value, 0), encoding="utf-8", newline="\n", closefd=_IMPORT.value != "-"
+                ) as lines:
                     print(f"{cache.import_lines(lines, _IMPORT.value)} samples read into {path}.")
             elif _EXPORT.value:
-                target = sys.stdout if _EXPORT.value == "-" else Path(_EXPORT.value).open("w", encoding="utf-8")
-                with target as file:
+                with open(_stream(_EXPORT.value, 1), "w", encoding="utf-8", closefd=_EXPORT.value != "-") as file:
                     file.writelines(line + "\n" for line in cache.export_lines())
             else:
                 print(stats(cache))
@@ -43,9 +42,15 @@ def main() -> None:
         raise InputError(str(error)) from error
 
 
+def _stream(name: str, standard: int) -> str | int:
+    return standard if name == "-" else name
+
+
 def stats(cache: Cache) -> str:
     """A table: one line a teacher, mode, answered model and way of ending."""
-    lines = [f"{'teacher':32} {'mode':12} {'answered as':32} {'ended':9} {'samples':>9} {'prompt':>12} {'completion':>12}"]
+    lines = [
+        f"{'teacher':32} {'mode':12} {'answered as':32} {'ended':9} {'samples':>9} {'prompt':>12} {'completion':>12}"
+    ]
     dollars = 0.0
     for entry in cache.stats():
         lines.append(

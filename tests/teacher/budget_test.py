@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from configs import base
 
+from configs import base
 from omniopd_jax.config import ConfigError, from_mapping
 from omniopd_jax.teacher.budget import Budget, Caps, Price, find_price, projected_cost
 from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
@@ -84,7 +84,9 @@ def test_projection_is_an_upper_bound_in_numbers():
     values.audit.num_chunks, values.audit.chunk_tokens, values.audit.num_continuations = 4, 50, 8
     values.data.max_prompt_tokens, values.teacher.max_dollars = 1000, 20.0
     text = projected_cost(from_mapping(values))
-    assert "at most 2,048 calls, 3,072,000 prompt and 153,600 completion tokens a step; 20,480 calls in 10 steps" in text
+    assert (
+        "at most 2,048 calls, 3,072,000 prompt and 153,600 completion tokens a step; 20,480 calls in 10 steps" in text
+    )
     assert "at most $3.84 a step, $38.40 in all" in text
     assert "The run stops at 20 dollars." in text
     values.teacher.kind, values.teacher.model, values.teacher.max_dollars = "openai", "mine", 0.0

@@ -150,7 +150,7 @@ def test_caps_are_never_exceeded_and_what_was_in_flight_is_kept(make, server, as
     prices.write_text('{"prices": [{"model": "m", "input": 1000.0, "output": 1000.0, "date": "2026-11-01"}]}')
     teacher = make(max_calls=12, max_dollars=1e6, prices=str(prices))
     server.behave = lambda call: faults.Answer(delay_s=0.02)
-    with pytest.raises(BudgetExhausted, match="config.teacher.max_calls=12") as stopped:
+    with pytest.raises(BudgetExhausted, match=r"config\.teacher\.max_calls=12") as stopped:
         teacher.continue_texts([ask(prefix=f" {i}") for i in range(40)])
     assert stopped.value.exit_code == 4
     assert len(server.log) == 12 == teacher.spent.calls

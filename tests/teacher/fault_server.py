@@ -1,4 +1,4 @@
-"""A server that speaks the dialects of OpenAI, Anthropic and Google as their SDKs expect them, and misbehaves on demand.
+"""A server that speaks the dialects of OpenAI, Anthropic and Google as their SDKs expect, and misbehaves on demand.
 
 In a test: `with FaultServer(behave) as server`, on a thread. In a process of its own:
 `python tests/teacher/fault_server.py --port=0 --log=FILE --hold-after=N`, the port is printed.
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-WORDS = "amber birch cedar delta ember fjord grove heron iris jetty kelp larch moss nectar opal pearl".split()
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron")
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ def good_body(call: Call, answer: Answer) -> tuple[dict[str, Any], int]:
     """The JSON of a good answer and its completion tokens."""
     texts = answer.texts
     if texts is None:
-        texts = [f" {WORDS[call.number % 16]} {WORDS[sample % 16]} {call.number}" for sample in range(call.n)]
+        texts = [f" {WORDS[call.number % 8]} {WORDS[sample % 8]} {sample} {call.number}" for sample in range(call.n)]
     tokens = answer.completion_tokens if answer.completion_tokens is not None else 3 * len(texts)
     model = answer.model if answer.model is not None else call.body.get("model", "m")
     indices = answer.indices or list(range(len(texts)))

@@ -110,7 +110,8 @@ def measure(kind: str, url: str, num_responses: int, *, max_n: int, cache: bool)
     assert samples == len(requests) * NUM_SAMPLES
     return (
         f"{kind:10} n={max_n:<3} cache {'on ' if cache else 'off'} {calls:6} calls {seconds:6.1f} s "
-        f"{calls / seconds:7.0f} calls/s {samples / seconds:7.0f} samples/s {1e3 * processor / calls:6.2f} ms CPU a call "
+        f"{calls / seconds:7.0f} calls/s {samples / seconds:7.0f} samples/s "
+        f"{1e3 * processor / calls:6.2f} ms CPU a call "
         f"{100 * processor / seconds:4.0f} % of a core"
     )
 
@@ -124,7 +125,7 @@ def main() -> None:
     if options.serve:
         asyncio.run(serve())
         return
-    os.environ |= {name: "sk-load-check-0123456789" for name in ("ANTHROPIC_API_KEY", "GEMINI_API_KEY")}
+    os.environ |= dict.fromkeys(("ANTHROPIC_API_KEY", "GEMINI_API_KEY"), "sk-load-check-0123456789")
     command = [sys.executable, "-m", "tests.teacher.load_check", "--serve"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -11,7 +11,10 @@ from omniopd_jax.types import Message
 LONG = "We add the ones first: 7 + 8 = 15, write 5 and carry 1."
 
 
-def request(prefix, *, is_raw=False, messages=(Message("system", "Be brief."), Message("user", "What is 17 + 28?"))):
+TASK = (Message("system", "Be brief."), Message("user", "What is 17 + 28?"))
+
+
+def request(prefix, *, is_raw=False, messages=TASK):
     return ContinuationRequest(messages, prefix, 1, 8, 1.0, 1.0, 0, is_raw)
 
 

@@ -65,7 +65,9 @@ def test_waits_grow_stay_below_the_cap_and_respect_the_provider():
     assert min(policy.wait_s(1, 100.0, rng) for _ in range(100)) >= 100.0
 
 
-@pytest.mark.parametrize("body", ["", "null", "[]", "[{}]", '{"error": "text"}', '{"error": null}', "<html>", '{"detail": "x"}'])
+@pytest.mark.parametrize(
+    "body", ["", "null", "[]", "[{}]", '{"error": "text"}', '{"error": null}', "<html>", '{"detail": "x"}']
+)
 def test_any_body_is_survived(body):
     for status in (400, 429, 500):
         assert str(status) in str(failure_of_status(status, {}, body))

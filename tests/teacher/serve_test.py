@@ -14,13 +14,17 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from configs import base
+from omniopd_jax.config import from_mapping
 from omniopd_jax.data.tokenizer import BROKEN
 from omniopd_jax.teacher.factory import make_teacher
 from omniopd_jax.teacher.local import load_teacher
 from omniopd_jax.teacher.protocol import ContinuationRequest, TeacherStopped
 from omniopd_jax.teacher.retry import RetryPolicy
+from omniopd_jax.train import loop
 from omniopd_jax.types import Message
 from tests.teacher.conftest import config_of
 from tests.tiny_tokenizers import save_byte_level
@@ -94,7 +98,24 @@ def requests(**changes) -> list[ContinuationRequest]:
     ]
 
 
-def test_a_served_checkpoint_continues_prefixes(tmp_path):
+def train_two_steps(url: str, folder: Path, tmp_path: Path) -> list[dict]:
+    """Two optimizer steps of the whole pipeline; its metrics, one object a step."""
+    prompts = [{"id": f"p{i}", "prompt": f"{i} + {i + 3}", "answer": str(2 * i + 3)} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    values = base.get_config()
+    values.student.path = str(folder)
+    values.data.train = str(tmp_path / "train.jsonl")
+    values.rollout.update(batch_size=4, max_new_tokens=16)
+    values.audit.update(num_chunks=2, chunk_tokens=4, num_continuations=2)
+    values.train.update(steps=2, compilation_cache="off")
+    values.teacher.update(
+        kind="openai", base_url=f"{url}/v1", model=str(folder), path=str(folder), request_timeout_s=120.0
+    )
+    loop.run(from_mapping(values), tmp_path / "trained")
+    return [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_served_checkpoint_continues_prefixes_and_trains(tmp_path):
     folder = save_model(tmp_path / "sampling", do_sample=True)
     with serving(folder, tmp_path / "server.log") as url:
         teacher = teacher_of(url, folder, tmp_path / "run")
@@ -121,6 +142,12 @@ def test_a_served_checkpoint_continues_prefixes(tmp_path):
         greedy.probe()
         served = greedy.continue_texts(requests(n=1, temperature=0.0))
         greedy.close()
+
+        trained = train_two_steps(url, folder, tmp_path)
+        assert [line["step"] for line in trained] == [1, 2]
+        for line in trained:
+            assert line["teacher/received"] == line["teacher/requested"] == line["teacher/calls"] > 0
+            assert np.isfinite(line["loss/total"])
 
         other = teacher_of(url, folder, tmp_path / "other", model="another")
         with pytest.raises(TeacherStopped):
