@@ -131,6 +131,14 @@ def test_other_responses_starts_and_branches_do_not_matter(model, branches):
     np.testing.assert_array_equal(more.tokens_BxMxGxC[:, :, :G], branches.tokens_BxMxGxC)
 
 
+def test_a_branchs_key_is_its_responses_key_its_start_and_its_number():
+    keys_B, number = _keys([3, 8]), 1
+    keys = branch_keys(keys_B, np.asarray([[4, 11], [11, 0]]), 3)
+    expected = jax.random.fold_in(jax.random.fold_in(keys_B[1], 11), number)
+    np.testing.assert_array_equal(jax.random.key_data(keys[1, 0, number]), jax.random.key_data(expected))
+    assert len(np.unique(np.asarray(jax.random.key_data(keys)).reshape(12, -1), axis=0)) == 12
+
+
 def test_seeds_reproduce_and_differ(model, branches):
     np.testing.assert_array_equal(_branches(model).tokens_BxMxGxC, branches.tokens_BxMxGxC)
     assert (np.asarray(_branches(model, seed=1).tokens_BxMxGxC) != np.asarray(branches.tokens_BxMxGxC)).any()
