@@ -134,6 +134,7 @@ def comparison_curves(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "x": steps,
                         "lines": lines,
                         "noisy": chart.is_noisy,
+                        "legend": True,
                     }
                 )
     return found

@@ -21,6 +21,7 @@ class Chart:
     about: str = ""  # one sentence
     band: tuple[str, str] | None = None  # metrics of the lower and upper edge around the first line
     is_noisy: bool = True  # a running mean helps the eye
+    has_legend: bool = False  # the title alone does not say what the only line is
 
 
 CHARTS = (
@@ -31,9 +32,9 @@ CHARTS = (
         (
             ("audit/similarity", "chunks"),
             ("audit/branch_score_mean", "branches"),
-            ("audit/agreement_mean", "teacher with itself"),
+            ("audit/agreement_mean", "teacher with itself (ceiling)"),
         ),
-        "Mean over audited chunks; the band holds the middle 80 %. The teacher's agreement with itself is the ceiling.",
+        "Mean over audited chunks; the band holds the middle 80\u00a0% of them.",
         ("audit/similarity_low", "audit/similarity_high"),
     ),
     Chart(
@@ -152,6 +153,7 @@ def run_curves(workdir: WorkDir) -> list[dict[str, Any]]:
             "unit": chart.unit,
             "about": chart.about,
             "noisy": chart.is_noisy,
+            "legend": chart.has_legend,
             "x": steps,
             "lines": [_line(workdir, chart, place) for place in range(len(chart.lines))],
         }
@@ -172,14 +174,18 @@ def _values(workdir: WorkDir, metric: str) -> list[float | None]:
 
 
 def charts_of(workdirs: Iterable[WorkDir]) -> list[Chart]:
-    """The charts, and of each the lines, for which at least one run has values. Every metric is on one of them."""
+    """The charts, and of each the lines, for which at least one run has values. Every metric is on one of them.
+
+    A loss term that is 0 throughout is no part of the loss and goes to the charts at the end.
+    """
+    workdirs = list(workdirs)
     present = {name for workdir in workdirs for row in workdir.metrics.values() for name in row}
     charts = _evaluation_charts(present)
     for chart in CHARTS:
-        lines = tuple(line for line in chart.lines if line[0] in present)
+        lines = tuple(line for line in chart.lines if line[0] in present and not _is_idle_term(line[0], workdirs))
         band = chart.band if chart.band and lines[:1] == chart.lines[:1] and present >= set(chart.band) else None
         if lines:
-            charts.append(dataclasses.replace(chart, lines=lines, band=band))
+            charts.append(dataclasses.replace(chart, lines=lines, band=band, has_legend=len(chart.lines) > 1))
     shown = {name for chart in charts for name, _ in chart.lines} | {
         name for chart in charts for name in chart.band or ()
     }
@@ -187,10 +193,14 @@ def charts_of(workdirs: Iterable[WorkDir]) -> list[Chart]:
     return charts
 
 
+def _is_idle_term(name: str, workdirs: Iterable[WorkDir]) -> bool:
+    return name.startswith("loss/") and not any(any(workdir.series(name)[1]) for workdir in workdirs)
+
+
 def _evaluation_charts(present: set[str]) -> list[Chart]:
     """One chart for the accuracies among eval/*, which are shares; the rest of them is left to "everything else"."""
     lines = tuple((name, label) for name in sorted(present) if (label := accuracy_label(name)) is not None)
-    return [Chart("Learning", "Held-out accuracy", "share", lines, is_noisy=False)] if lines else []
+    return [Chart("Learning", "Held-out accuracy", "share", lines, is_noisy=False, has_legend=True)] if lines else []
 
 
 def accuracy_label(name: str) -> str | None:

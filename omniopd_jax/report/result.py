@@ -95,17 +95,28 @@ def _from_metrics(workdir: WorkDir) -> list[Measure]:
         steps, values = workdir.series(name)
         if not all(0 <= value <= 1 for value in values):
             continue
-        row = workdir.metrics[steps[-1]]
-        stem = name.removesuffix("accuracy")
-        error = next((row[key] for key in (f"{stem}standard_error", f"{name}_standard_error") if key in row), None)
+        errors = dict(zip(*workdir.series(_error_name(name)), strict=True))
         found.append(
             Measure(
                 label=accuracy_label(name) or name,
                 value=values[-1],
-                standard_error=error,
-                problems=int(row["eval/problems"]) if "eval/problems" in row else None,
+                standard_error=errors.get(steps[-1]),
+                problems=_problems(dict(zip(steps, values, strict=True)), errors),
                 before=values[0] if len(values) > 1 else None,
                 step=steps[-1],
             )
         )
     return found
+
+
+def _error_name(accuracy_name: str) -> str:
+    """eval/greedy_standard_error for eval/greedy_accuracy."""
+    return f"{accuracy_name.removesuffix('accuracy').rstrip('_')}_standard_error".replace("/_", "/")
+
+
+def _problems(values: Mapping[int, float], errors: Mapping[int, float]) -> int | None:
+    """How many problems were judged once each: the standard error sqrt(p (1 - p) / (n - 1)) solved for n."""
+    for step, error in errors.items():
+        if error and step in values:
+            return round(1 + values[step] * (1 - values[step]) / error**2)
+    return None

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +200,37 @@ def test_differences_hold_both_texts(browser, pages):
         "[...document.querySelector('.ranked').querySelectorAll('.score')].map((s) => parseFloat(s.textContent))"
     )
     assert scores == sorted(scores, reverse=True)
+
+
+def test_any_two_texts_can_be_read_off_their_differences(browser, pages):
+    open_page(browser, pages["half"], 1280)
+    source = (Path(report.__file__).parent / "assets" / "diff.js").read_text(encoding="utf-8")
+    wrong = browser.run(
+        "(() => {"
+        + source
+        + r"""
+      let state = 1;
+      const random = (n) => Math.floor(((state = (state * 48271) % 2147483647) / 2147483647) * n);
+      const words = ['add', ' ', '7', ' ', 'carry', ';', '\n', 'é', '算', "don't"];
+      const text = () => Array.from({ length: random(14) }, () => words[random(words.length)]).join('');
+      const wrong = [];
+      for (let i = 0; i < 4000; i++) {
+        const a = text(), b = text(), parts = diff(a, b);
+        const without = (kind) => parts.filter((part) => part[0] !== kind).map((part) => part[1]).join('');
+        const isTidy = parts.every((part, j) => !j || part[0] !== parts[j - 1][0]);
+        if (without('+') !== a || without('-') !== b || !isTidy) wrong.push([a, b, parts]);
+      }
+      const letters = () => Array.from({ length: 4000 }, () => String.fromCharCode(0x4e00 + random(3000)));
+      const far = [letters().join(''), letters().join('')];
+      const began = performance.now();
+      diff(far[0].slice(0, 2900), far[1].slice(0, 2900));
+      diff(...far);
+      return [wrong, performance.now() - began, diff('to get 15, carry', 'so 15 carry')];
+    })()"""
+    )
+    assert wrong[0] == []
+    assert wrong[1] < 1000  # bounded, however far apart
+    assert wrong[2] == [["-", "to get "], ["+", "so "], ["=", "15"], ["-", ","], ["=", " carry"]]
 
 
 # The contrast of WCAG 2, of every text against what is painted below it.

@@ -25,6 +25,13 @@ def test_what_no_chart_knows_comes_last_without_a_group(tmp_path):
     assert last["lines"] == [{"label": "novel/thing", "values": [2.0, None]}]
 
 
+def test_a_loss_term_that_is_always_0_is_not_drawn_with_the_loss(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 1, "loss/anchor": 0, "loss/trunk": 1}\n')
+    first, last = run_curves(read_workdir(tmp_path))
+    assert [line["label"] for line in first["lines"]] == ["total", "responses"]
+    assert last["title"] == "loss/anchor"
+
+
 def test_no_metric_is_on_two_charts():
     names = [name for chart in CHARTS for name, _ in chart.lines]
     assert len(names) == len(set(names))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from omniopd_jax.report.result import measures, wilson
@@ -49,6 +50,22 @@ def test_without_it_the_evaluations_during_training_count(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (only,) = measures(read_workdir(tmp_path))
     assert (only.label, only.value, only.before, only.step, only.standard_error) == ("greedy", 0.6, 0.2, 10, 0.02)
+
+
+def test_the_number_of_problems_follows_from_the_standard_error(tmp_path):
+    answers = np.array([1] * 35 + [0] * 165)
+    rows = [
+        {
+            "step": 0,
+            "eval/greedy_accuracy": answers.mean(),
+            "eval/greedy_standard_error": answers.std(ddof=1) / 200**0.5,
+        },
+        {"step": 9, "eval/greedy_accuracy": 1.0, "eval/greedy_standard_error": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (only,) = measures(read_workdir(tmp_path))
+    assert only.problems == 200
+    assert only.interval == pytest.approx(wilson(1.0, 200))
 
 
 def test_nothing_is_made_up(tmp_path):

@@ -171,7 +171,7 @@ async function auditViewer(parent, settings) {
     const scale = el("span", { class: "scale" }, "sure", el("i"), `unsure (${HEAT_TOP} nats)`);
     const readout = el("p", { class: "readout", "aria-live": "polite" }, "Point at a token, or use the arrow keys, to read its entropy.");
     parts.push(el("div", { class: "label-line" }, "Response", scale), tokenBox(data, readout), readout);
-    if (same.length > 1) parts.push(samePrompt(same));
+    parts.push(same.length > 1 ? samePrompt(same) : el("p", { class: "where" }, "This prompt came up only once in the logged steps."));
     return parts;
   }
 
@@ -352,10 +352,17 @@ function differences(student, teacher, more) {
 }
 
 function branches(audit) {
-  const ranked = [...audit.branches].sort((a, b) => (b.weight ?? b.score ?? 0) - (a.weight ?? a.score ?? 0));
+  const groups = new Map();
+  for (const branch of audit.branches) {
+    const key = JSON.stringify([branch.text, branch.score, branch.weight]);
+    if (!groups.has(key)) groups.set(key, { ...branch, times: 0 });
+    groups.get(key).times++;
+  }
+  const ranked = [...groups.values()].sort((a, b) => (b.weight ?? b.score ?? 0) - (a.weight ?? a.score ?? 0));
   const list = el("ol", { class: "ranked" }, ...ranked.map((branch) => el("li", {},
     el("div", { class: "score" }, branch.score === null ? "–" : branch.score.toFixed(2), meter(branch.score),
-      branch.weight === null ? null : el("small", { title: "weight in the loss" }, signed(branch.weight))),
+      branch.weight === null ? null : el("small", { title: "weight in the loss, each" }, signed(branch.weight)),
+      branch.times > 1 ? el("small", {}, `${branch.times} times`) : null),
     block(branch.text))));
   const left = audit.num_branches - audit.branches.length;
   return [el("h4", {}, "The student's branches from here", el("span", { class: "key" }, "similarity, weight in the loss")), list,

@@ -27,7 +27,7 @@ function runningMean(values, width) {
 }
 
 /**
- * A chart card. spec: {title, unit, about, noisy, x: steps, lines: [{label, values, low?, high?, color?}]}.
+ * A chart card. spec: {title, unit, about, noisy, legend, x: steps, lines: [{label, values, low?, high?, color?}]}.
  * Nothing is drawn before the card comes near the window.
  */
 function chart(spec) {
@@ -43,7 +43,7 @@ function chart(spec) {
     heading, legend, plot, spoken, spec.about ? show(el("p", { class: "about" }), spec.about) : null);
 
   const lines = spec.lines.map((line, i) => ({ ...line, index: line.color ?? i, last: lastKnown(line.values) }));
-  const cells = lines.length > 1 || lines[0].low ? lines.map((line) => {
+  const cells = lines.length > 1 || spec.legend ? lines.map((line) => {
     const swatch = el("span", { class: "swatch" });
     swatch.style.borderColor = `var(--s${line.index % 8})`;
     swatch.style.borderTopStyle = line.index ? (line.index % 2 ? "dashed" : "dotted") : "solid";
