@@ -63,12 +63,12 @@ def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransform
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """The state before the first step. A copy: states are donated, `model` stays as it is."""
-    params = jax.device_put(trainable(model), shardings.params, may_alias=False)
 
     def start(params: PyTree) -> TrainState:
+        params = jax.tree.map(jnp.copy, params)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
-    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(start, out_shardings=shardings)(jax.device_put(trainable(model), shardings.params))
 
 
 def tree_terms(

@@ -1,0 +1,180 @@
+"""Sharded equals whole: eight simulated devices in a process of their own, several meshes, against one device.
+
+python tests/multi_device_test.py      prints one JSON object a mesh
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__))], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["mesh"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+def test_a_sharded_step_equals_that_of_one_device(found, mesh):
+    one, many = found["one"], found[mesh]
+    assert many["devices"] == 8
+    for name, value in one["metrics"].items():
+        assert many["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+    for name, value in one["gradients"].items():
+        assert many["gradients"][name] == pytest.approx(value, rel=1e-5, abs=1e-5 * one["scale"]), name
+
+
+@pytest.mark.parametrize(("mesh", "shares"), [("data", 1), ("fsdp", 8), ("all", 4)])
+def test_parameters_and_moments_take_their_share_of_each_device(found, mesh, shares):
+    """Norms and key/value heads that do not divide stay whole, hence a little more than the share."""
+    share = found[mesh]["bytes_a_device"] / found["one"]["bytes_a_device"]
+    assert 1 / shares <= share + 1e-9
+    assert share < 1.35 / shares or shares == 1
+
+
+@pytest.mark.parametrize("mesh", ["all"])
+def test_responses_do_not_depend_on_the_mesh(found, mesh):
+    assert found[mesh]["tokens"] == found["one"]["tokens"]
+    assert found[mesh]["starts"] == found["one"]["starts"]
+    assert found[mesh]["branches"] == found["one"]["branches"]
+
+
+def test_a_checkpoint_of_eight_devices_is_read_on_one(found):
+    assert found["all"]["restored_on_one"]
+
+
+def main() -> None:
+    import tempfile
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from configs import base
+    from omniopd_jax import models
+    from omniopd_jax.config import MeshConfig, from_mapping
+    from omniopd_jax.train import batching, sharding
+    from omniopd_jax.train.checkpoint import Checkpoints
+    from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+    from omniopd_jax.train.score import make_student
+    from omniopd_jax.train.step import StepOptions, init_state, make_step, state_shardings, without_trainable
+    from omniopd_jax.types import TokenTree
+
+    decoder = models.decoder_config(
+        dict(
+            architectures=["Qwen3ForCausalLM"], vocab_size=64, hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=64, rms_norm_eps=1e-6,
+            tie_word_embeddings=True, max_position_embeddings=128,
+        )
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    model = models.init_model(decoder, jax.random.key(0))
+    model = model.replace(
+        params=jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), model.params)
+    )
+    reference = model.replace(params=jax.tree.map(lambda leaf: leaf * 1.05, model.params))
+    rows, prompt, width, slots, chunk = 8, 4, 12, 4, 3
+    tree = TokenTree(
+        prompt_tokens_BxP=rng.integers(0, 64, (rows, prompt)).astype(np.int32),
+        prompt_mask_BxP=np.arange(prompt) >= rng.integers(0, prompt, (rows, 1)),
+        tokens_BxT=rng.integers(0, 64, (rows, width)).astype(np.int32),
+        mask_BxT=np.arange(width) < rng.integers(6, width + 1, (rows, 1)),
+        weight_BxT=rng.normal(0, 0.01, (rows, width)).astype(np.float32),
+        anchor_weight_BxT=np.full((rows, width), 0.01, np.float32),
+        branch_tokens_BxRxC=rng.integers(0, 64, (rows, slots, chunk)).astype(np.int32),
+        branch_mask_BxRxC=np.ones((rows, slots, chunk), bool),
+        branch_weight_BxRxC=rng.normal(0, 0.01, (rows, slots, chunk)).astype(np.float32),
+        branch_start_BxR=rng.integers(0, 5, (rows, slots)).astype(np.int32),
+    )
+    values = base.get_config()
+    values.rollout.update(batch_size=rows, max_new_tokens=10)
+    values.audit.update(num_chunks=2, chunk_tokens=chunk)
+    values.objective.update(num_branches=3)
+    # plain SGD in Adam's clothes: with b1 = b2 = 0 and a large eps the change of a parameter shows its gradient
+    values.optimizer.update(learning_rate=1.0, warmup_steps=0, b1=0.0, b2=0.0, eps=1e4, clip_norm=0.0)
+    config = from_mapping(values)
+    optimizer = make_optimizer(config.optimizer, 10)
+    saved = {}
+
+    for name, sizes in MESHES.items():
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        shardings = state_shardings(mesh, model, optimizer)
+        state = init_state(model, optimizer, shardings)
+        here = sharding.placed(model, mesh)
+        step = make_step(
+            without_trainable(model),
+            sharding.placed(reference, mesh),
+            optimizer,
+            learning_rate_schedule(config.optimizer, 10),
+            mesh,
+            shardings,
+            StepOptions(block_tokens=32),
+        )
+        bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+        state, metrics = step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))
+        change = jax.tree.map(
+            lambda new, old: 1e4 * (np.asarray(new, np.float64) - np.asarray(old, np.float64)),
+            state.params,
+            model.params,
+        )
+        line = {
+            "mesh": name,
+            "devices": mesh.size,
+            "bytes_a_device": bytes_a_device,
+            "metrics": {key: float(value) for key, value in batching.to_host(metrics).items()},
+            # two fixed projections of each parameter's change
+            "gradients": {
+                f"{jax.tree_util.keystr(path)} {seed}": float(
+                    (leaf * np.random.default_rng(seed).normal(size=leaf.shape)).sum() / leaf.size**0.5
+                )
+                for path, leaf in jax.tree_util.tree_leaves_with_path(change)
+                for seed in (0, 1)
+            },
+            "scale": max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(change)),
+        }
+        if name in ("one", "all"):
+            student = make_student(config, mesh, stop_tokens=(1,), banned_tokens=(0,))
+            given = (tree.prompt_tokens_BxP, tree.prompt_mask_BxP, np.arange(rows, dtype=np.int32))
+            tokens, mask, index = batching.to_devices(given, mesh)
+            at = jnp.int32(0)
+            rollout = student.respond(here, tokens, mask, index, at)
+            anchors = student.choose(rollout, index, at)
+            branches = student.branch(here, rollout, anchors, index, at)
+            rollout, anchors, branches = batching.to_host((rollout, anchors, branches))
+            line |= {
+                "tokens": rollout.tokens_BxT.tolist(),
+                "starts": anchors.start_BxM.tolist(),
+                "branches": branches.tokens_BxMxGxC.tolist(),
+            }
+            saved[name] = state
+        if name == "all":
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints = Checkpoints(Path(folder), config, keep=1)
+                checkpoints.save(state, {})
+                checkpoints.wait()
+                restored, _ = checkpoints.restore(saved["one"])
+                line["restored_on_one"] = all(
+                    len(a.sharding.device_set) == 1 and np.array_equal(a, b)
+                    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
+                )
+                checkpoints.close()
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
