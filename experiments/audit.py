@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from experiments import command
@@ -47,7 +48,7 @@ def _show(config: Config, workdir: Path) -> None:
 
     is_raw = not config.data.use_chat_template
     system = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
-    prompt = Prompt("prompt", (*system, Message("user", _PROMPT.value)), is_raw=is_raw)
+    prompt = Prompt("prompt", (*system, Message("user", str(_PROMPT.value))), is_raw=is_raw)
     experiment = prepare(config, workdir, prompts=[prompt])
     try:
         seen = observe(experiment, 0, Clock(), Interrupts())
@@ -55,7 +56,7 @@ def _show(config: Config, workdir: Path) -> None:
         experiment.close()
     length = int(seen.rollout.mask_BxT[0].sum())
     words = experiment.tokenizer.token_texts(seen.rollout.tokens_BxT[0, :length].tolist())
-    entropy = seen.rollout.entropy_BxT[0, :length].tolist()
+    entropy = np.asarray(seen.rollout.entropy_BxT)[0, :length].tolist()
     print(f"prompt    {_PROMPT.value}\nteacher   {experiment.teacher.name}\n")
     print(f"response, {length} tokens; entropy {_scale()} nats\n")
     print(_joined(words, entropy, {audit["start"] for audit in seen.audits}) + "\n")

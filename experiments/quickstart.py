@@ -10,6 +10,7 @@ from the same start and at the same teacher tokens. Running it again goes on whe
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -72,7 +73,7 @@ def _claim(workdir: Path) -> None:
 
 
 def _config(name: str, workdir: Path, *, max_teacher_tokens: int = 0) -> Config:
-    config = configs.get_config(name)
+    config: Any = configs.get_config(name)  # its attributes are dynamic
     config.train.seed = config.world.seed = _SEED.value
     config.world.path = str(workdir / "world")
     if max_teacher_tokens:

@@ -23,7 +23,7 @@ def main() -> None:
     from configs import base
     from omniopd_jax import report
 
-    folders = [folder for pattern in _WORKDIR.value for folder in _folders(pattern)]
+    folders = [folder for pattern in _WORKDIR.value or () for folder in _folders(pattern)]
     out = command.workdir(_OUT.value, "") if _OUT.value else None
     try:
         if len(folders) == 1:

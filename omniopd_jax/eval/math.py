@@ -14,6 +14,7 @@ import threading
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 TIMEOUT_S = 10.0
 _LONGEST = 2000  # characters; a longer "answer" is a run-away text, and parsing it takes minutes
@@ -114,7 +115,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._connection: Connection[Any, Any] | None = None
 
     def verify(self, given: str, wanted: str) -> bool:
         with self._lock:
@@ -128,18 +129,18 @@ class _Worker:
             self.stop()
             return False
 
-    def _start(self) -> Connection:
+    def _start(self) -> Connection[Any, Any]:
         import math_verify  # noqa: F401  the error of a missing package belongs in this process
 
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        ours, theirs = context.Pipe()
+        self._connection, self._process = ours, context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        if not self._connection.poll(120.0) or self._connection.recv() != "ready":
+        if not ours.poll(120.0) or ours.recv() != "ready":
             self.stop()
             raise RuntimeError("The math-verify worker did not start within 120 seconds.")
-        return self._connection
+        return ours
 
     def stop(self) -> None:
         if self._process is not None:
