@@ -200,10 +200,11 @@ _COMMON = dict(
     attention_bias=False,
     mlp_bias=False,
 )
-_QWEN = _COMMON | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+_QWEN = _COMMON | dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096, max_window_layers=28)
 _GEMMA = _COMMON | dict(
     hidden_activation="gelu_pytorch_tanh",
     tie_word_embeddings=True,
+    num_key_value_heads=4,
     head_dim=256,
     query_pre_attn_scalar=256,
     sliding_window=4096,
@@ -244,7 +245,9 @@ FAMILIES = {
         _smollm3,
     ),
     "Gemma2ForCausalLM": Family(
-        "gemma2", _GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0), _gemma2
+        "gemma2",
+        _GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, max_position_embeddings=8192),
+        _gemma2,
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
@@ -253,6 +256,7 @@ FAMILIES = {
             attn_logit_softcapping=None,
             final_logit_softcapping=None,
             sliding_window_pattern=6,
+            max_position_embeddings=131_072,
             rope_theta=1_000_000.0,
             rope_local_base_freq=10_000.0,
         ),
