@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,12 @@ def test_the_page_can_be_written_while_the_run_writes(tmp_path):
                 file.write(lines[-1][:20])
                 file.flush()
                 file.write(lines[-1][20:])
+            time.sleep(0.002)
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             assert report.write_report(folder).stat().st_size > 50_000
     finally:
         stop.set()
