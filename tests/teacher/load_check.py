@@ -3,8 +3,9 @@ once, in a process of its own.
 
     python -m tests.teacher.load_check [--responses=64] [--kind=openai,anthropic,gemini]
 
-Prints one line a dialect: calls, seconds, calls a second, the client's processor seconds a call and its share of one
-core. The same figures with the cache switched off show what durability costs.
+Prints calls a second, the client's processor milliseconds a call and its share of one core; the same with the cache
+switched off, and for the SDK and its HTTP library alone. On a machine that does other work besides, only the processor
+time means something.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from omniopd_jax.teacher.anthropic import AnthropicDialect
+from omniopd_jax.teacher.dialect import Manner
 from omniopd_jax.teacher.factory import make_teacher
+from omniopd_jax.teacher.gemini import GeminiDialect
+from omniopd_jax.teacher.openai import OpenAIDialect
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.types import Message
 from tests.teacher.conftest import config_of
 
+_DIALECTS = {"openai": OpenAIDialect, "anthropic": AnthropicDialect, "gemini": GeminiDialect}
 NUM_CHUNKS, NUM_SAMPLES, CHUNK_TOKENS = 10, 10, 50
 TEXT = " and so the sum of both is forty-five, which we write down before the tens are added to it"
 
@@ -108,11 +114,44 @@ def measure(kind: str, url: str, num_responses: int, *, max_n: int, cache: bool)
     calls = sum(result.usage.calls for result in results)
     samples = sum(len(result.continuations) for result in results)
     assert samples == len(requests) * NUM_SAMPLES
+    return line(f"{kind:10} n={max_n:<3} cache {'on ' if cache else 'off'}", calls, samples, seconds, processor)
+
+
+def measure_sdk(kind: str, url: str, num_calls: int) -> str:
+    """The dialect alone, 32 calls at a time: no retries, limits, ledger or cache."""
+    config = config_of(kind, url)
+    dialect = _DIALECTS[kind](
+        config.model, base_url=config.base_url, api_key="sk-load-check-0123456789", timeout_s=60.0, max_connections=32
+    )
+    modes = {"openai": "completions", "anthropic": "prefill", "gemini": "prefill"}
+    manner = Manner(modes[kind], max_n=1, seed=False, sampling="one")
+    request = ContinuationRequest(
+        (Message("user", "Task: add two numbers."),), "a word " * 200, 1, CHUNK_TOKENS, 1.0, 1.0, 0, kind == "openai"
+    )
+    body = dialect.body(request, manner)
+
+    async def run() -> tuple[float, float]:
+        await dialect.call(body, n=1, seed=None)
+        left = iter(range(num_calls))
+        start, processor = time.perf_counter(), time.process_time()
+
+        async def work() -> None:
+            for _ in left:
+                await dialect.call(body, n=1, seed=None)
+
+        await asyncio.gather(*(work() for _ in range(32)))
+        spent = time.perf_counter() - start, time.process_time() - processor
+        await dialect.close()
+        return spent
+
+    seconds, processor = asyncio.run(run())
+    return line(f"{kind:10} SDK alone      ", num_calls, num_calls, seconds, processor)
+
+
+def line(name: str, calls: int, samples: int, seconds: float, processor: float) -> str:
     return (
-        f"{kind:10} n={max_n:<3} cache {'on ' if cache else 'off'} {calls:6} calls {seconds:6.1f} s "
-        f"{calls / seconds:7.0f} calls/s {samples / seconds:7.0f} samples/s "
-        f"{1e3 * processor / calls:6.2f} ms CPU a call "
-        f"{100 * processor / seconds:4.0f} % of a core"
+        f"{name} {calls:6} calls {seconds:6.1f} s {calls / seconds:7.0f} calls/s {samples / seconds:7.0f} samples/s "
+        f"{1e3 * processor / calls:6.2f} ms CPU a call {100 * processor / seconds:4.0f} % of a core"
     )
 
 
@@ -131,6 +170,7 @@ def main() -> None:
     try:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
         for kind in options.kind.split(","):
+            print(measure_sdk(kind, url, options.responses * NUM_CHUNKS * NUM_SAMPLES), flush=True)
             for max_n, cache in ((1, True), (1, False)) + (((10, True),) if kind == "openai" else ()):
                 print(measure(kind, url, options.responses, max_n=max_n, cache=cache), flush=True)
     finally:
