@@ -49,6 +49,14 @@ def workdir(value: str | None, default: str) -> Path:
     return Path(os.path.expanduser(value or default)).absolute()
 
 
+def write_report(folder: Path) -> Path:
+    """report.html of a work directory, in which the settings that differ from configs/base.py come first."""
+    from configs import base
+    from omniopd_jax import report
+
+    return report.write_report(folder, defaults=base.get_config().to_dict())
+
+
 @contextlib.contextmanager
 def bars() -> Iterator[Bar]:
     """Progress bars one after the other: call bar(name, done, total); a new name starts a new bar.

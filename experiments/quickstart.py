@@ -31,7 +31,6 @@ def main() -> None:
     settings = {name: _config(name, workdir) for name in configs.SETTINGS}
     world = settings["recommended"].world
 
-    from omniopd_jax import report
     from omniopd_jax.train import loop
     from omniopd_jax.train.small_world import build_world
 
@@ -56,7 +55,7 @@ def main() -> None:
                 phrasings=dict(before=variety_before, after=variety),
             )
             (folder / "result.json").write_text(json.dumps(results[name], indent=2) + "\n", encoding="utf-8")
-            report.write_report(folder)
+            command.write_report(folder)
     seconds = round(time.perf_counter() - began, 1)
     summary = results["recommended"] | dict(published=results["published"], seed=_SEED.value, total_seconds=seconds)
     (workdir / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

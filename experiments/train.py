@@ -22,14 +22,13 @@ def main() -> None:
         print(projected_cost(config))
         if config.teacher.dry_run:
             return
-    from omniopd_jax import report
     from omniopd_jax.train import loop
 
     workdir = command.workdir(_WORKDIR.value, "")
     with command.bars() as bar:
         result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
     print(result)
-    print(f"report   {report.write_report(workdir)}")
+    print(f"report   {command.write_report(workdir)}")
 
 
 if __name__ == "__main__":
