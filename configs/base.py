@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
             ),
             teacher=dict(
                 kind="local",  # local | openai | anthropic | gemini | scripted
-                path="",  # local: folder in HF layout
+                path="",  # local: folder in HF layout; openai: folder with its tokenizer, for mode completions
                 base_url="",  # openai: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1
                 model="",  # name asked for; the name answered must agree
                 mode="auto",  # auto (probe) | completions | prefill | instruct
