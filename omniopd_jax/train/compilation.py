@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import monitoring
@@ -36,7 +37,7 @@ def set_up_cache(setting: str) -> Path | None:
     except OSError as error:
         warnings.warn(f"No compilation cache: {folder} cannot be written ({error.strerror}).", stacklevel=2)
         return None
-    if jax.config.jax_compilation_cache_dir != str(folder):
+    if jax.config.values.get("jax_compilation_cache_dir") != str(folder):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         compilation_cache.reset_cache()  # jax looks at the folder once, at the first compilation
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -61,7 +62,7 @@ class CompileCounter:
     def close(self) -> None:
         monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **kwargs: str | int) -> None:
+    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
         del kwargs
         if event == _COMPILE_EVENT:
             self.count += 1

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from omniopd_jax.config import Config, ConfigError
 from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer, read_prompts
 from omniopd_jax.data.preflight import Side, preflight, raise_errors
 from omniopd_jax.models import Model
+from omniopd_jax.models.decoder import Remat
 from omniopd_jax.models.parameters import parameter_table
 from omniopd_jax.similarity import get_similarity
 from omniopd_jax.teacher.factory import make_teacher
@@ -164,7 +166,7 @@ def prepare(
             StepOptions(
                 has_trunk=puts_weight_on_trunk(config),
                 has_anchor=config.objective.anchor_weight > 0,
-                remat=config.train.remat,
+                remat=cast(Remat, config.train.remat),  # one of them: config.validate has seen to it
                 block_tokens=config.train.block_tokens,
             ),
         )
@@ -272,11 +274,11 @@ def _reference(config: Config, student: Model) -> Model | None:
     """The frozen initial student; under adapters it is the base, which is there anyway."""
     if config.objective.anchor_weight == 0:
         return None
-    base = student.replace(adapters=None)
+    base = dataclasses.replace(student, adapters=None)
     if student.adapters is not None or config.reference.dtype == "same":
         return base
     dtype = jnp.dtype(config.reference.dtype)
-    return base.replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), base.params))
+    return dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf.astype(dtype), base.params))
 
 
 def _similarity(config: Config) -> Similarity:

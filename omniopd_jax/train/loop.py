@@ -285,7 +285,7 @@ def _metrics(
     tokens = max(int(mask_BxT.sum()), 1)
     length_B = mask_BxT.sum(axis=1)
     is_audited_BxM, spent = credit.is_audited_BxM, experiment.spent
-    start_entropy_BxM = np.take_along_axis(rollout.entropy_BxT, anchors.start_BxM, axis=1)
+    start_entropy_BxM = np.take_along_axis(np.asarray(rollout.entropy_BxT), anchors.start_BxM, axis=1)
     metrics = dict(updated)
     kl_sum, anchored = metrics.pop("anchor/kl_sum"), metrics.pop("anchor/tokens")
     if anchored:
@@ -295,7 +295,7 @@ def _metrics(
         "rollout/tokens": float(length_B.mean()),
         "rollout/finished": float(rollout.is_finished_B.mean()),
         "rollout/empty": float((length_B <= rollout.is_finished_B).sum()),
-        "rollout/entropy": mean_where(rollout.entropy_BxT, mask_BxT),
+        "rollout/entropy": mean_where(np.asarray(rollout.entropy_BxT), mask_BxT),
         "rollout/logprob": mean_where(rollout.logprob_BxT, mask_BxT),
         "rollout/epoch": float(experiment.stream.epoch(index)),
         "audit/fraction": float(is_audited_BxM.sum() * chunk_tokens / tokens),
@@ -341,7 +341,7 @@ def _rollout_lines(experiment: Experiment, step: int, batch: PromptBatch, rollou
             "prompt_id": prompt.id,
             "prompt": "\n\n".join(message.content for message in prompt.messages),
             "tokens": experiment.tokenizer.token_texts(rollout.tokens_BxT[row, :length].tolist()),
-            "entropy": rollout.entropy_BxT[row, :length].astype(np.float64).round(4).tolist(),
+            "entropy": np.asarray(rollout.entropy_BxT)[row, :length].astype(np.float64).round(4).tolist(),
             "logprob": rollout.logprob_BxT[row, :length].astype(np.float64).round(4).tolist(),
             "is_finished": bool(rollout.is_finished_B[row]),
         }

@@ -7,8 +7,10 @@ tensor  heads, feed-forward width and vocabulary
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -37,7 +39,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh` over all devices; one size may be −1, the rest of them.
 
     Raises:
@@ -122,8 +124,8 @@ def config_shardings(mesh: Mesh, decoder: DecoderConfig) -> PyTree:
 
 def placed(model: Model, mesh: Mesh) -> Model:
     """The same arrays, on the mesh."""
-    model = model.replace(params=jax.device_put(model.params, model_shardings(mesh, model)))
+    model = dataclasses.replace(model, params=jax.device_put(model.params, model_shardings(mesh, model)))
     if model.adapters is None:
         return model
     shardings = axes_shardings(mesh, model.adapters, trainable_axes(model))
-    return model.replace(adapters=jax.device_put(model.adapters, shardings))
+    return dataclasses.replace(model, adapters=jax.device_put(model.adapters, shardings))

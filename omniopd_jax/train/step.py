@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ class StepOptions:
 
     has_trunk: bool = True  # some arm puts weight on response tokens; False skips their log-probabilities
     has_anchor: bool = True  # β > 0; False skips the reference altogether
-    remat: str = "none"
+    remat: decoder.Remat = "none"
     block_tokens: int = 512
 
 
@@ -39,12 +40,12 @@ def trainable(model: Model) -> PyTree:
 
 def without_trainable(model: Model) -> Model:
     """The model less what the optimizer changes: the rest, which a step reads and never writes."""
-    return model.replace(params=None) if model.adapters is None else model.replace(adapters={})
+    return replace(model, params=None) if model.adapters is None else replace(model, adapters={})
 
 
 def with_trainable(frozen: Model, params: PyTree) -> Model:
     """The model again, from `without_trainable` and a state's `params`."""
-    return frozen.replace(params=params) if frozen.adapters is None else frozen.replace(adapters=params)
+    return replace(frozen, params=params) if frozen.adapters is None else replace(frozen, adapters=params)
 
 
 def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransformation) -> TrainState:

@@ -83,7 +83,7 @@ def train_on_texts(
     """
     if len(prompts) != len(answers) or len(prompts) < batch_size:
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers do not fill batches of {batch_size}.")
-    stop = int(tokenizer.hf.eos_token_id)
+    stop: Any = tokenizer.hf.eos_token_id
     before, before_mask = _padded(tokenizer.encode_prompts(prompts, template_args, use_chat_template), left=True)
     after, after_mask = _padded([[*ids, stop] for ids in tokenizer.encode_batch(answers)], left=False)
 
