@@ -68,7 +68,7 @@ class Rollout:
     mask_BxT: Array  # bool, True on response tokens, the stop token included
     logprob_BxT: Array  # float32, nats, of the sampled token at temperature 1; 0 on padding
     is_finished_B: Array  # bool, a stop token was sampled within the length limit
-    entropy_BxT: Array | None = None  # float32, nats, full vocabulary at temperature 1, of the same logits; 0 on padding
+    entropy_BxT: Array | None = None  # float32, nats, of the same logits, full vocabulary; 0 on padding
 
     def sequence(self) -> tuple[Array, Array]:
         """Packed (tokens_BxS, mask_BxS): prompt, then response."""
