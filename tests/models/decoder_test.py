@@ -73,6 +73,15 @@ def test_branches_decoded_over_a_shared_cache_equal_the_tree(model, tree):
     np.testing.assert_allclose(decoded[BRANCH_MASK], np.asarray(tree[1])[BRANCH_MASK], atol=1e-4)
 
 
+def test_decoding_over_padded_columns_equals_the_full_pass(model):
+    """Rows pause (a padded column) and go on: positions and windows count real tokens alone."""
+    mask = MASK.copy()
+    mask[0, 15:18] = mask[1, 20] = False
+    whole, _ = read(model, TOKENS, mask)
+    decoded = parity.decoded_hidden(model, TOKENS, mask)
+    assert parity.errors(decoded, whole[:, parity.PROMPT :], mask[:, parity.PROMPT :]).max() < 1e-4
+
+
 def test_branches_do_not_see_each_other_nor_later_trunk_tokens(model, tree):
     other_tokens = BRANCH_TOKENS.copy()
     other_tokens[:, 0] = 7
