@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,9 @@ def damage(folder, how):
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 0xFF
         data.write_bytes(bytes(content))
+    elif how == "other numbers":
+        shutil.rmtree(folder / "state")
+        shutil.copytree(folder.with_name("2") / "state", folder / "state")
     elif how == "no description":
         (folder / "meta" / "metadata").unlink()
     elif how == "half a description":
@@ -68,7 +72,7 @@ def damage(folder, how):
         path.write_text(path.read_text()[:50])
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "no description", "half a description"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "other numbers", "no description", "half a description"])
 def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(saved, make_config, caplog, how):
     damage(saved / "3", how)
     state, progress = restore(saved, make_config())
