@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from omniopd_jax.models.rope import KINDS, Rope, yarn_attention_factor
+from omniopd_jax.types import InputError
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model folder or config that cannot be used; the message says what is wrong and what would be right."""
 
 
@@ -265,6 +266,7 @@ FAMILIES = {
     "Olmo2ForCausalLM": Family("olmo2", _COMMON | dict(rms_norm_eps=1e-5, max_position_embeddings=2048), _olmo2),
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a folder of adapters without their base
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -279,11 +281,18 @@ def read_config(folder: str | Path) -> DecoderConfig:
         raise ModelError(f"{folder} is not a folder; a model folder holds config.json and *.safetensors.")
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{folder} holds a LoRA adapter ({ADAPTER_CONFIG}) and no model; merge it into its base model first, "
+                "for example with peft's merge_and_unload, or train with lora.export='merged'."
+            )
         raise ModelError(f"{folder} holds no config.json; a model folder holds config.json and *.safetensors.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is not an object of settings.")
     return decoder_config(values)
 
 
@@ -376,6 +385,9 @@ def _rope(rope_values: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
         raise ModelError(f"config.json asks for rope of type {kind!r} without its factor.")
     rope = dataclasses.replace(rope, factor=float(factor), original_length=int(original_length))
     if kind == "llama3":
+        missing = [name for name in ("low_freq_factor", "high_freq_factor") if settings.get(name) is None]
+        if missing:
+            raise ModelError(f"config.json asks for rope of type 'llama3' without its {missing[0]}.")
         return dataclasses.replace(
             rope,
             low_freq_factor=float(settings["low_freq_factor"]),

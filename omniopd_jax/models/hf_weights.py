@@ -100,7 +100,10 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name → the file that holds it."""
     index = folder / INDEX
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a JSON object whose weight_map names each tensor's file.") from error
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise ModelError(f"{index} names the shard {file.name}, which is not in {folder}.")

@@ -11,6 +11,7 @@ from omniopd_jax import models
 from omniopd_jax.models import decoder
 from omniopd_jax.models.families import FAMILIES, hf_config
 from omniopd_jax.models.parameters import AXES, leaf, parameter_table
+from omniopd_jax.types import InputError
 from tests.models import parity
 
 
@@ -103,6 +104,7 @@ def _qwen3(**changes):
         (dict(hidden_size=None), "has no hidden_size"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "'longrope'; known are default, linear"),
         (dict(rope_scaling=dict(rope_type="linear")), "without its factor"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "without its low_freq_factor"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "nests rope_parameters"),
         (dict(num_key_value_heads=3), "num_key_value_heads=3"),
@@ -119,6 +121,14 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(changes, message):
     assert str(error.value).endswith(".")
 
 
+def test_a_model_that_cannot_be_read_is_bad_input():
+    """Commands print such errors as one sentence and end with code 2; anything else is a traceback."""
+    assert issubclass(models.ModelError, InputError)
+    with pytest.raises(InputError, match="architecture 'BertModel'") as error:
+        models.decoder_config(_qwen3(architectures=["BertModel"]))
+    assert error.value.exit_code == 2
+
+
 def test_a_folder_without_a_config(tmp_path):
     with pytest.raises(models.ModelError, match="nowhere is not a folder"):
         models.read_config(tmp_path / "nowhere")
@@ -127,5 +137,14 @@ def test_a_folder_without_a_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(models.ModelError, match="not valid JSON"):
         models.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(models.ModelError, match="not an object of settings"):
+        models.read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(_qwen3()))
     assert models.read_config(tmp_path).num_layers == 2
+
+
+def test_an_adapter_folder_says_that_it_is_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(models.ModelError, match=r"holds a LoRA adapter .* merge it into its base model first"):
+        models.read_config(tmp_path)

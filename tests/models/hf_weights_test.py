@@ -226,3 +226,10 @@ def test_host_memory_stays_under_the_parameters_and_two_tensors(tmp_path):
 
 def test_tensors_go_straight_to_their_shards(folder):
     assert _in_a_fresh_process(folder, "float32", XLA_FLAGS="--xla_force_host_platform_device_count=4") == "sharded"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_an_index_that_is_none(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(models.ModelError, match="weight_map names each tensor's file"):
+        models.load_model(folder)
