@@ -232,9 +232,3 @@ def branch(
         advantage_BxMxG=advantage_BxMxG,
         is_audited_BxM=is_audited_BxM,
     )
-
-
-def supervised(mask_BxT: Array, *, normalise: str = "token", denominator: Array | None = None) -> Array:
-    """Maximum likelihood of given texts: weight 1 over the denominator on every trunk token, weight_BxT."""
-    total = batch_denominator(mask_BxT, normalise=normalise) if denominator is None else denominator
-    return jnp.where(mask_BxT, 1.0 / total, 0.0)

@@ -218,11 +218,6 @@ def test_branch_weights_stand_where_the_tree_wants_them():
     np.testing.assert_array_equal(weights.is_audited_BxM, AUDITED)
 
 
-def test_supervision_weighs_every_token_alike():
-    np.testing.assert_allclose(arms.supervised(MASK), MASK / 20, rtol=1e-6)
-    np.testing.assert_allclose(arms.supervised(MASK, normalise="sequence"), MASK / 3, rtol=1e-6)
-
-
 @pytest.mark.parametrize("baseline", ["none", "leave_one_out", "teacher_agreement"])
 def test_jit_and_permutation(baseline):
     settings = dict(chunk_tokens=C, prior_strength=2.0, anchor_weight=0.1, baseline=baseline)
