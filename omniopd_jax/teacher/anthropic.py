@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
+from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling, whole_text
 from omniopd_jax.teacher.modes import as_chat
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
@@ -87,8 +87,8 @@ def read_reply(body: Mapping[str, Any]) -> Reply:
     usage = body.get("usage") or {}
     cached = ("cache_creation_input_tokens", "cache_read_input_tokens")
     return Reply(
-        samples=(Sample("".join(map(str, texts)), _ENDS.get(body["stop_reason"], "unusable")),),
-        model=str(body.get("model") or ""),
+        samples=(Sample(whole_text("".join(map(str, texts))), _ENDS.get(body["stop_reason"], "unusable")),),
+        model=whole_text(str(body.get("model") or "")),
         prompt_tokens=sum(int(usage.get(name) or 0) for name in ("input_tokens", *cached)),
         completion_tokens=int(usage.get("output_tokens") or 0),
     )

@@ -7,6 +7,7 @@ cost again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -208,9 +209,10 @@ class Cache:
                 for statement, values, _ in items:
                     connection.executemany(statement, values)
                 connection.execute("COMMIT")
-            except sqlite3.Error as error:
-                if connection is not None and connection.in_transaction:
-                    connection.execute("ROLLBACK")
+            except Exception as error:  # whatever it was: a future left open would hold its step to the deadline
+                with contextlib.suppress(sqlite3.Error):
+                    if connection is not None and connection.in_transaction:
+                        connection.execute("ROLLBACK")
                 _finish(items, lambda future, e=error: future.set_exception(OSError(f"{self.path}: {e}")))
             else:
                 _finish(items, lambda future: future.set_result(None))

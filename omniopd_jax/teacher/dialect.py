@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,7 @@ from omniopd_jax.teacher.protocol import ContinuationRequest
 
 Mode = Literal["completions", "prefill", "instruct"]
 MODES: tuple[Mode, ...] = ("completions", "prefill", "instruct")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Dialect(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def whole_text(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate: JSON may carry halves of characters, UTF-8 and sqlite cannot."""
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def common_sampling(request: ContinuationRequest, manner: Manner) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
+from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling, whole_text
 from omniopd_jax.teacher.modes import as_chat
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
@@ -99,7 +99,7 @@ def read_reply(body: Mapping[str, Any]) -> Reply:
     usage = body.get("usageMetadata") or {}
     return Reply(
         samples=tuple(samples.values()),
-        model=str(body.get("modelVersion") or "").removeprefix("models/"),
+        model=whole_text(str(body.get("modelVersion") or "")).removeprefix("models/"),
         prompt_tokens=int(usage.get("promptTokenCount") or 0),
         completion_tokens=int(usage.get("candidatesTokenCount") or 0) + int(usage.get("thoughtsTokenCount") or 0),
     )
@@ -116,4 +116,4 @@ def _sample(candidate: Mapping[str, Any]) -> Sample:
         finish = "length"
     elif reason in _REFUSED:
         finish = "refused"
-    return Sample(text, finish)
+    return Sample(whole_text(text), finish)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling
+from omniopd_jax.teacher.dialect import Manner, Reply, Sample, common_sampling, whole_text
 from omniopd_jax.teacher.modes import as_chat, begun_text
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import CallFailed
@@ -124,7 +124,7 @@ def read_reply(body: Mapping[str, Any]) -> Reply:
     usage = body.get("usage") or {}
     return Reply(
         samples=tuple(samples.values()),
-        model=str(body.get("model") or ""),
+        model=whole_text(str(body.get("model") or "")),
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         completion_tokens=int(usage.get("completion_tokens") or 0),
     )
@@ -138,4 +138,4 @@ def _sample(choice: Mapping[str, Any]) -> Sample:
         finish = "refused"
     if not isinstance(text, str):
         return Sample("", finish if finish == "refused" else "unusable")
-    return Sample(text, finish)
+    return Sample(whole_text(text), finish)

@@ -32,6 +32,15 @@ def test_first_answer_stays_and_is_on_disk_when_the_future_is_done(tmp_path):
     cache.close()
 
 
+def test_what_cannot_be_stored_is_told_and_the_writer_lives_on(tmp_path):
+    cache = Cache(tmp_path / "c.sqlite")
+    with pytest.raises(OSError, match=r"c\.sqlite: .*surrogates not allowed"):
+        cache.put([row("a"), row("b", "half \ud83d")]).result(10.0)
+    cache.put([row("c")]).result(10.0)
+    assert set(cache.get(["a", "b", "c"])) == {"c"}
+    cache.close()
+
+
 def test_many_keys_are_looked_up(tmp_path):
     cache = Cache(tmp_path / "c.sqlite")
     cache.put([row(f"{i}") for i in range(2345)]).result()

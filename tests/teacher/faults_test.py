@@ -247,6 +247,17 @@ def test_a_choice_twice_counts_once(make, server, ask, faults):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_half_a_character_is_marked_and_kept(kind, make, server, ask, faults):
+    teacher = make(kind, step_deadline_s=10.0)
+    server.behave = lambda call: faults.Answer(texts=["half \ud83d of it"])
+    request = ask(n=1, is_raw=kind == "openai")
+    for num_cached in (0, 1):
+        (result,) = teacher.continue_texts([request])
+        assert [found.text.strip() for found in result.continuations] == ["half \N{REPLACEMENT CHARACTER} of it"]
+        assert result.num_cached == num_cached
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_wrong_content_type_of_sound_json_is_read(kind, make, server, ask, faults):
     teacher = make(kind)
     server.behave = lambda call: faults.Answer(content_type="text/plain")
