@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
             ),
             rollout=dict(
                 batch_size=32,  # B, responses a step
+                slots=0,  # responses decoded at once, refilled from the rest of the batch as they end; 0: all of them
                 samples_per_prompt=1,  # responses of one prompt; divides batch_size
                 max_new_tokens=512,  # T
                 temperature=1.0,  # [P] on-policy; other values are a departure and logged as such

@@ -89,6 +89,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     batch_size: int
+    slots: int
     samples_per_prompt: int
     max_new_tokens: int
     temperature: float
@@ -224,13 +225,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save(config: Config, path: Path) -> None:
-    """Writes config.json. No secret can be in it: keys come from the environment by name."""
-    path.write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def read_data(path: Path) -> DataConfig:
+    """The section `data` of a work directory's config.json.
 
+    The other sections are not looked at: a model can be measured although its run could not be repeated now.
 
-def load(path: Path) -> Config:
-    return from_mapping(json.loads(path.read_text(encoding="utf-8")))
+    Raises:
+      ConfigError: not JSON, or without such a section.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict) or "data" not in values:
+        raise ConfigError(f"{path} has no section 'data': it is not a run's config.json.")
+    return _freeze(DataConfig, values["data"], f"{path}: config.data")
 
 
 def _freeze(kind: type, values: Any, where: str) -> Any:
@@ -266,7 +275,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES = {
+    "student.param_dtype": _DTYPES,
+    "student.compute_dtype": ("auto", *_DTYPES),
+    "reference.dtype": ("same", *_DTYPES),
+    "optimizer.state_dtype": _DTYPES,
     "lora.export": ("merged", "peft"),
     "teacher.kind": ("local", "openai", "anthropic", "gemini", "scripted"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),
@@ -282,6 +296,8 @@ _CHOICES = {
 }
 _SIMILARITY = re.compile(r"(edit|edit_words|exact|rouge1|rouge_l|embedding)(\^(?=.*[1-9])\d*\.?\d+)?")
 _POSITIVE = (
+    "lora.alpha",
+    "teacher.top_p",
     "teacher.max_concurrency",
     "teacher.request_timeout_s",
     "teacher.max_attempts",
@@ -297,27 +313,71 @@ _POSITIVE = (
     "audit.max_fraction",
     "objective.num_branches",
     "optimizer.learning_rate",
+    "optimizer.eps",
     "train.steps",
     "train.block_tokens",
     "train.checkpoint_keep",
     "eval.problems",
     "eval.batch_size",
+    "world.digits",
+    "world.train_problems",
+    "world.eval_problems",
+    "world.phrasings",
+    "world.teacher_width",
+    "world.teacher_layers",
+    "world.teacher_steps",
+    "world.student_width",
+    "world.student_layers",
+    "world.student_steps",
+    "world.batch_size",
+    "world.learning_rate",
 )
 _NOT_NEGATIVE = (
     "lora.rank",
     "teacher.temperature",
+    "teacher.requests_per_minute",
+    "teacher.tokens_per_minute",
+    "teacher.max_missing_fraction",
+    "teacher.max_refusal_fraction",
+    "teacher.max_dollars",
+    "teacher.max_calls",
+    "teacher.max_tokens",
     "objective.prior_strength",
     "objective.anchor_weight",
     "objective.repulsion",
     "optimizer.warmup_steps",
+    "optimizer.b1",
+    "optimizer.b2",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
+    "rollout.slots",
     "train.max_teacher_tokens",
+    "train.seed",
     "train.micro_batch_size",
     "train.checkpoint_every",
     "train.audit_log_every",
     "eval.every",
+    "eval.max_new_tokens",
+    "world.seed",
+    "world.forget_carry",
+    "world.slip",
 )
+_LARGEST_SEED = 2**32 - 1  # what a random key of jax tells apart
+_AT_MOST = {
+    "teacher.top_p": 1,
+    "teacher.max_missing_fraction": 1,
+    "teacher.max_refusal_fraction": 1,
+    "audit.max_fraction": 1,
+    "objective.repulsion": 1,
+    "train.seed": _LARGEST_SEED,
+    "world.seed": _LARGEST_SEED,
+    "world.digits": 9,  # a problem and its solution fit the models' 512 positions
+    "world.phrasings": 3,  # as many as worlds.arithmetic has
+    "world.forget_carry": 1,
+    "world.slip": 1,
+}
+_BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+_WIDTH_STEP = 8  # the small world's models have 4 heads, whose width rope needs to be even
 
 
 def _get(config: Config, name: str) -> Any:
@@ -336,6 +396,18 @@ def validate(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if not _get(config, name) >= 0:
             raise ConfigError(f"config.{name} must not be negative, got {_get(config, name)}.")
+    for name, bound in _AT_MOST.items():
+        if not _get(config, name) <= bound:
+            raise ConfigError(f"config.{name} must be at most {bound}, got {_get(config, name)}.")
+    for name in _BELOW_ONE:
+        if not _get(config, name) < 1:
+            raise ConfigError(f"config.{name} must be less than 1, got {_get(config, name)}.")
+    if not config.teacher.token_slack >= 1:
+        raise ConfigError(
+            f"config.teacher.token_slack must be at least 1, got {config.teacher.token_slack}: the teacher is asked "
+            "for no fewer tokens than it is compared with."
+        )
+    _check_world(config.world)
     rollout, audit, train = config.rollout, config.audit, config.train
     if rollout.batch_size % rollout.samples_per_prompt:
         raise ConfigError(
@@ -347,8 +419,6 @@ def validate(config: Config) -> None:
             f"config.rollout.batch_size={rollout.batch_size} must be a multiple of "
             f"config.train.micro_batch_size={train.micro_batch_size}."
         )
-    if audit.max_fraction > 1:
-        raise ConfigError(f"config.audit.max_fraction is a share of the response, at most 1, got {audit.max_fraction}.")
     if audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:
         raise ConfigError(
             f"config.audit.chunk_tokens={audit.chunk_tokens} never fits: a response has at most "
@@ -366,3 +436,15 @@ def validate(config: Config) -> None:
         re.compile(config.lora.targets)
     except re.error as error:
         raise ConfigError(f"config.lora.targets is not a regular expression: {error}.") from error
+
+
+def _check_world(world: WorldConfig) -> None:
+    for name in ("teacher_width", "student_width"):
+        if getattr(world, name) % _WIDTH_STEP:
+            raise ConfigError(f"config.world.{name} must be a multiple of {_WIDTH_STEP}, got {getattr(world, name)}.")
+    asked, there_are = world.train_problems + world.eval_problems, 10 ** (2 * world.digits)
+    if asked > there_are:
+        raise ConfigError(
+            f"config.world.train_problems={world.train_problems} and config.world.eval_problems={world.eval_problems} "
+            f"are {asked} in all, but of config.world.digits={world.digits} there are {there_are} problems."
+        )

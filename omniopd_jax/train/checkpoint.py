@@ -214,8 +214,8 @@ class Checkpoints:
                 )
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Makes the work directory this config's own, or finds that it is; before any compute.
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Makes the work directory, and finds that it is this config's own or nobody's; before any compute.
 
     Raises:
       WorkdirError: it cannot be written, or belongs to another config.
@@ -234,6 +234,11 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         except ValueError as error:
             raise WorkdirError(f"{path} is not JSON ({error}); remove it or use another work directory.") from error
         check_same_config(before, config, workdir)
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Writes config.json: from now on the directory is this config's. Last, so that a mistyped path claims nothing."""
+    path = workdir / "config.json"
     text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
     written = path.with_name("config.json.new")
     written.write_text(text, encoding="utf-8")

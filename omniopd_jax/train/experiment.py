@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from omniopd_jax import models, prng
 from omniopd_jax.config import Config, ConfigError
 from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer, read_prompts
-from omniopd_jax.data.preflight import Side, preflight, raise_errors
+from omniopd_jax.data.preflight import Side, preflight, raise_errors, table
 from omniopd_jax.models import Model
 from omniopd_jax.models.decoder import Remat
 from omniopd_jax.models.parameters import parameter_table
@@ -77,8 +77,10 @@ class Experiment:
         return int(self.state.step)
 
     def close(self) -> None:
+        """Frees everything, once a checkpoint that is being written is complete."""
         self.log.close()
         self.teacher.close()
+        self.checkpoints.close()
 
 
 def prepare(
@@ -107,7 +109,7 @@ def prepare(
       TeacherStopped: the teacher does not answer.
       CheckpointError: no room for checkpoints, or none of those found can be read.
     """
-    checkpoint.claim_workdir(workdir, config)
+    checkpoint.check_workdir(workdir, config)
     set_up_cache(config.train.compilation_cache)
     given, config = config, with_world(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
@@ -121,29 +123,10 @@ def prepare(
     if config.rollout.temperature != 1:
         _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
 
-    student = _load_student(config, mesh) if student is None else sharding.placed(student, mesh)
-    sharding.check_fits(mesh, config, student.config)
-    _preflight(config, _side(tokenizer, student.config), None if teacher else _teacher_side(config), stream)
-    if config.lora.rank > 0 and student.adapters is None:
-        student = models.add_adapters(
-            student,
-            prng.named_key(config.train.seed, 0, "adapters"),
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            targets=config.lora.targets,
-        )
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    shardings = state_shardings(mesh, student, optimizer)
-    state = init_state(student, optimizer, shardings)
-    checkpoint.check_room(workdir, state)
-
+    decoder = models.read_config(config.student.path) if student is None else student.config
+    sharding.check_fits(mesh, config, decoder)
+    _preflight(config, _side(tokenizer, decoder), None if teacher else _teacher_side(config), stream)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", given, keep=config.train.checkpoint_keep)
-    found = checkpoints.restore(state)
-    spent = Usage()
-    if found is not None:
-        state, progress = found
-        spent = Usage(**progress["spent"])
-
     if teacher is None:
         teacher = make_teacher(
             config.teacher,
@@ -153,8 +136,29 @@ def prepare(
             is_raw=not config.data.use_chat_template,
         )
     try:
-        if int(state.step) < config.train.steps:
-            _LOG.info("%s", teacher.probe())
+        if max(checkpoints.steps(), default=0) < config.train.steps:
+            _LOG.info("%s", teacher.probe())  # before the student is loaded: a teacher that is down shows in seconds
+        student = _load_student(config, decoder, mesh) if student is None else sharding.placed(student, mesh)
+        if config.lora.rank > 0 and student.adapters is None:
+            student = models.add_adapters(
+                student,
+                prng.named_key(config.train.seed, 0, "adapters"),
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                targets=config.lora.targets,
+            )
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        shardings = state_shardings(mesh, student, optimizer)
+        state = init_state(student, optimizer, shardings)
+        checkpoint.check_room(workdir, state)
+        found = checkpoints.restore(state)
+        spent = Usage()
+        if found is not None:
+            state, progress = found
+            spent = Usage(**progress["spent"])
+        # A run that has no finished step writes its first evaluation again, so line 0 is dropped as well.
+        log = RunLog(workdir, after_step=int(state.step) or -1, tensorboard=config.logging.tensorboard)
+        checkpoint.claim_workdir(workdir, given)
         frozen = without_trainable(student)
         step = make_step(
             frozen,
@@ -189,7 +193,7 @@ def prepare(
             step=step,
             evaluator=evaluator,
             checkpoints=checkpoints,
-            log=RunLog(workdir, after_step=int(state.step), tensorboard=config.logging.tensorboard),
+            log=log,
             state=state,
             spent=spent,
         )
@@ -248,8 +252,8 @@ def _preflight(config: Config, student: Side, teacher: Side | None, stream: Prom
         use_chat_template=config.data.use_chat_template,
     )
     raise_errors(findings)
-    for finding in findings:
-        _LOG.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", finding.name, finding.text)
+    is_clean = all(finding.level == "ok" for finding in findings)
+    _LOG.log(logging.INFO if is_clean else logging.WARNING, "%s", table(findings))
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -259,9 +263,7 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _load_student(config: Config, mesh: Mesh) -> Model:
-    decoder = models.read_config(Path(config.student.path))
-    sharding.check_fits(mesh, config, decoder)
+def _load_student(config: Config, decoder: models.DecoderConfig, mesh: Mesh) -> Model:
     return models.load_model(
         config.student.path,
         dtype=jnp.dtype(config.student.param_dtype),

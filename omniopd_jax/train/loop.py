@@ -103,7 +103,6 @@ def run(
                 metrics, audits, rollouts = one_step(experiment, index, clock, interrupts)
                 step = experiment.num_finished
                 if experiment.evaluator is not None and config.eval.every and step % config.eval.every == 0:
-                    interrupts.check()
                     with clock.phase("evaluate"):
                         metrics |= experiment.evaluator(experiment.model)
                 programs, seconds = counter.take()
@@ -259,7 +258,7 @@ def _saved_when_stopped(experiment: Experiment) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{experiment.workdir} cannot be written ({error.strerror or error}); {experiment.checkpoints.last}."
+            f"A file could not be read or written ({error}); {experiment.checkpoints.last}."
         ) from error
 
 

@@ -73,8 +73,8 @@ REGISTRY: dict[str, Meaning] = {
     "teacher/total_prompt_tokens": Meaning("tokens", "teacher tokens read, the run so far"),
     "teacher/total_calls": Meaning("calls", "calls of the teacher, the run so far"),
     "teacher/total_dollars": Meaning("dollars", "cost of the teacher, the run so far"),
-    "time/sample_s": Meaning("seconds", "student's responses"),
-    "time/score_s": Meaning("seconds", "choice of chunks, and the student's branches"),
+    "time/sample_s": Meaning("seconds", "student's responses and the choice of chunks"),
+    "time/score_s": Meaning("seconds", "the student's branches, absent without them"),
     "time/audit_s": Meaning("seconds", "teacher's continuations and their comparison"),
     "time/update_s": Meaning("seconds", "loss, gradient and update"),
     "time/evaluate_s": Meaning("seconds", "evaluation on held-out problems"),
@@ -112,7 +112,7 @@ class JsonLines:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows and waits for the disk."""
         text = "".join(json.dumps(_plain(row), ensure_ascii=False, separators=(", ", ": ")) + "\n" for row in rows)
-        left = text.encode("utf-8")
+        left = text.encode("utf-8", "replace")  # a lone surrogate has no UTF-8 form
         while left:
             left = left[self._file.write(left) :]
         if text:
@@ -124,7 +124,7 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every line of a file of JSON objects."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _drop_later_lines(path: Path, after_step: int) -> None:

@@ -50,6 +50,7 @@ def make_student(
             stop_tokens=stop_tokens,
             banned_tokens=banned_tokens,
             temperature=rollout_config.temperature,
+            slots=rollout_config.slots,
         )
 
     def choose(rollout: Rollout, index_B: Array, step: Array) -> Anchors:
@@ -79,4 +80,5 @@ def make_student(
         )
 
     compiled = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
-    return Student(compiled(respond), compiled(choose), compiled(branch))
+    # `sample` compiles its own parts and looks between them whether every response has ended, so it is not traced.
+    return Student(respond, compiled(choose), compiled(branch))

@@ -163,11 +163,11 @@ def gradients(
     def add(total: Any, tree: TokenTree) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, part(tree)), None
 
-    zero = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(part, jax.tree.map(lambda array: array[0], trees)),
-    )
-    return jax.lax.scan(add, zero, trees)[0]
+    shapes = jax.eval_shape(part, jax.tree.map(lambda array: array[0], trees))
+    # Sums in float32, whatever the parameters' dtype: a sum of many bfloat16 parts would lose the small ones.
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(add, zero, trees)
+    return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), total, shapes)
 
 
 def make_step(

@@ -160,7 +160,12 @@ def test_a_damaged_config_file_is_named(make_config, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 6
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"config\.json is not JSON"):
-        checkpoint.claim_workdir(tmp_path, make_config())
+        checkpoint.check_workdir(tmp_path, make_config())
+
+
+def test_looking_at_a_work_directory_claims_nothing(make_config, tmp_path):
+    checkpoint.check_workdir(tmp_path / "run", make_config())
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_fingerprint_sees_one_bit_and_not_the_order_of_leaves():
