@@ -2,15 +2,19 @@
 
 import dataclasses
 import importlib
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base
 from omniopd_jax import config as config_lib
 from omniopd_jax.config import ConfigError
+from omniopd_jax.train import small_world
+from omniopd_jax.worlds import arithmetic
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")]
@@ -68,13 +72,87 @@ def test_every_choice_is_checked():
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [(name, 0, "greater than 0") for name in config_lib._POSITIVE]
+    + [(name, -1, "must not be negative") for name in config_lib._NOT_NEGATIVE]
+    + [(name, bound + 1, f"at most {bound}") for name, bound in config_lib._AT_MOST.items()]
+    + [(name, 1, "less than 1") for name in config_lib._BELOW_ONE],
+)
+def test_every_bound_is_checked(name, value, message):
+    values = base.get_config().to_dict()
+    section, knob = name.split(".")
+    values[section][knob] = value
+    with pytest.raises(ConfigError, match=rf"config\.{name} .*{message}"):
+        config_lib.from_mapping(values)
+
+
+def test_every_number_has_a_bound():
+    """A number that nothing bounds fails later, in the middle of a run."""
+    tables = (*config_lib._POSITIVE, *config_lib._NOT_NEGATIVE, *config_lib._AT_MOST, *config_lib._CHOICES)
+    free = {"teacher.token_slack", "mesh.data", "mesh.fsdp", "mesh.tensor"}  # checked by themselves
+    numbers = {
+        f"{section}.{knob}"
+        for section, knobs in base.get_config().to_dict().items()
+        for knob, value in knobs.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert numbers - set(tables) == free
+
+
+def test_the_world_has_as_many_phrasings_as_the_config_allows():
+    assert config_lib._AT_MOST["world.phrasings"] == len(arithmetic.PHRASINGS)
+
+
+def test_the_widest_problem_fits_the_worlds_models():
+    digits = config_lib._AT_MOST["world.digits"]
+    largest = int("9" * digits)
+    problem = arithmetic.Problem(largest, largest, digits)
+    texts = [arithmetic.solution(problem, np.random.default_rng(seed)) for seed in range(20)]
+    longest = max(len(text.split()) for text in texts)
+    assert len(problem.question.split()) + longest + 1 <= small_world.model_config(64, 1).max_positions
+
+
+@pytest.mark.parametrize("width", range(8, 104, 8))
+def test_every_width_that_the_config_allows_makes_a_model(width):
+    assert small_world.model_config(width, 1).head_dim == width // 4
+
+
+def test_the_data_section_of_a_work_directory(tmp_path):
+    path = tmp_path / "config.json"
+    values = base.get_config().to_dict()
+    values["data"]["system_prompt"] = "Be brief."
+    path.write_text(json.dumps(values | {"audit": {}}), encoding="utf-8")
+    assert config_lib.read_data(path).system_prompt == "Be brief."
+    for text, message in (("{", "not valid JSON"), ("[]", "no section 'data'"), ('{"data": {}}', "is missing")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            config_lib.read_data(path)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"audit.num_chunks": 0}, "config.audit.num_chunks must be greater than 0, got 0."),
         ({"objective.anchor_weight": -0.1}, "config.objective.anchor_weight must not be negative, got -0.1."),
         ({"rollout.batch_size": 6, "rollout.samples_per_prompt": 4}, "must be a multiple of"),
         ({"rollout.batch_size": 6, "train.micro_batch_size": 4}, "must be a multiple of"),
-        ({"audit.max_fraction": 1.5}, "at most 1, got 1.5"),
+        ({"audit.max_fraction": 1.5}, "config.audit.max_fraction must be at most 1, got 1.5."),
+        ({"teacher.top_p": 0.0}, "config.teacher.top_p must be greater than 0, got 0.0."),
+        ({"teacher.top_p": 1.1}, "config.teacher.top_p must be at most 1, got 1.1."),
+        ({"teacher.token_slack": 0.5}, "config.teacher.token_slack must be at least 1, got 0.5"),
+        ({"teacher.max_dollars": float("nan")}, "config.teacher.max_dollars must not be negative, got nan."),
+        ({"objective.repulsion": 2.0}, "config.objective.repulsion must be at most 1, got 2.0."),
+        ({"optimizer.b1": 1.0}, "config.optimizer.b1 must be less than 1, got 1.0."),
+        ({"student.param_dtype": "fp32"}, "config.student.param_dtype='fp32' must be one of 'float32'"),
+        ({"student.param_dtype": "auto"}, "config.student.param_dtype='auto' must be one of 'float32'"),
+        ({"train.seed": -1}, "config.train.seed must not be negative, got -1."),
+        ({"train.seed": 2**32}, "config.train.seed must be at most 4294967295, got 4294967296."),
+        ({"world.phrasings": 4}, "config.world.phrasings must be at most 3, got 4."),
+        ({"world.slip": 1.5}, "config.world.slip must be at most 1, got 1.5."),
+        ({"world.student_steps": 0}, "config.world.student_steps must be greater than 0, got 0."),
+        ({"world.student_width": 36}, "config.world.student_width must be a multiple of 8, got 36."),
+        ({"world.teacher_width": 34}, "config.world.teacher_width must be a multiple of 8, got 34."),
+        ({"world.digits": 1, "world.train_problems": 90, "world.eval_problems": 11}, "101 in all, but of"),
         ({"audit.chunk_tokens": 300}, "config.audit.chunk_tokens=300 never fits"),
         ({"objective.arm": "branch", "objective.num_branches": 1}, "at least 2"),
         ({"lora.targets": "("}, "not a regular expression"),
