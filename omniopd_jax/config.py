@@ -89,6 +89,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     batch_size: int
+    slots: int
     samples_per_prompt: int
     max_new_tokens: int
     temperature: float
@@ -349,6 +350,7 @@ _NOT_NEGATIVE = (
     "optimizer.b2",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
+    "rollout.slots",
     "train.max_teacher_tokens",
     "train.seed",
     "train.micro_batch_size",
