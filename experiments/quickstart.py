@@ -51,7 +51,7 @@ def main() -> None:
                 problems=config.eval.problems,
                 teacher_tokens=done.teacher_tokens,
                 updates=done.updates,
-                seconds=round(sum(done.seconds.values()), 1),
+                seconds=_seconds(folder),
                 phrasings=dict(before=variety_before, after=variety),
             )
             (folder / "result.json").write_text(json.dumps(results[name], indent=2) + "\n", encoding="utf-8")
@@ -86,17 +86,24 @@ def _config(name: str, workdir: Path, *, max_teacher_tokens: int = 0) -> Config:
     return from_mapping(config)
 
 
+def _seconds(folder: Path) -> float:
+    """Time of all steps of a run, those before a resume included."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return round(sum(json.loads(line)["time/step_s"] for line in lines), 1)
+
+
 def _measure(config: Config, folder: Path, name: str, bar: command.Bar) -> tuple[dict, float]:
     """({greedy, temperature_1}, effective number of phrasings at temperature 1) of a model folder."""
     from omniopd_jax.data import load_tokenizer, read_prompts
     from omniopd_jax.eval.evaluate import evaluate, get_judge
     from omniopd_jax.models import load_model
+    from omniopd_jax.train.evaluation import MODES
     from omniopd_jax.worlds import arithmetic
 
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prompts = read_prompts(Path(config.world.path) / "eval.jsonl")[: config.eval.problems]
     found = {}
-    for mode, temperature in (("greedy", 0.0), ("temperature_1", 1.0)):
+    for mode, temperature in MODES.items():
         result = evaluate(
             model,
             tokenizer,
