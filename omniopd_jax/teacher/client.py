@@ -247,6 +247,7 @@ class ApiTeacher:
                 tasks.append(asyncio.create_task(self._fetch(step, job, wanted[start : start + size])))
         if not tasks:
             return
+        step.tasks = tasks
         try:
             _, late = await asyncio.wait(tasks, timeout=self._config.step_deadline_s)
         except asyncio.CancelledError:
@@ -305,7 +306,10 @@ class ApiTeacher:
                 self.failures["fewer_samples"] += 1
                 self._last_failure = "fewer samples came back than were asked for"
                 wait_s = self._policy.wait_s(attempt, None, self._rng)
+            if step.stopped is not None:
+                return
             if attempt < self._policy.max_attempts:
+                step.in_flight.discard(asyncio.current_task())
                 await asyncio.sleep(wait_s)
         if self._last_success < began and not step.stopped:
             step.stop(
@@ -340,6 +344,8 @@ class ApiTeacher:
             if step is not None and step.stopped is not None:
                 raise step.stopped
             reserved = await self._budget.reserve(prompt_tokens, max_completion_tokens)
+            if step is not None:
+                step.in_flight.add(asyncio.current_task())
             start = time.monotonic()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -471,6 +477,8 @@ class _Step:
         self.start = start
         self.jobs: dict[str, _Job] = {}  # by the last sample's key: equal requests are one job
         self.stopped: TeacherStopped | None = None
+        self.tasks: Sequence[asyncio.Task[None]] = ()
+        self.in_flight: set[asyncio.Task[Any] | None] = set()  # tasks whose call is sent and may be billed
         self.failures: collections.Counter[str] = collections.Counter()
 
     def job(self, request: ContinuationRequest, dialect: Dialect, teacher: str) -> _Job:
@@ -483,9 +491,15 @@ class _Step:
         return self.jobs.setdefault(keys[-1], _Job(request, body, keys))
 
     def stop(self, error: TeacherStopped) -> None:
-        """The first reason counts, but that the budget is spent goes before others."""
+        """The first reason counts, but that the budget is spent goes before others.
+
+        Whoever waits (for another attempt, its turn, a rate or the budget) is cancelled; what is in flight goes on.
+        """
         if self.stopped is None or isinstance(error, BudgetExhausted):
             self.stopped = error
+        for task in self.tasks:
+            if task not in self.in_flight and task is not asyncio.current_task():
+                task.cancel()
 
 
 def _continuation(row: Row, begun: str, mode: Mode) -> Continuation | None:

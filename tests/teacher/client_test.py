@@ -165,6 +165,32 @@ def test_caps_are_never_exceeded_and_what_was_in_flight_is_kept(make, server, as
     assert len(server.calls) == 40
 
 
+@pytest.mark.parametrize(
+    ("reason", "retry_after"), [("refused", {"retry-after": "20"}), ("refused", {}), ("spent", {})]
+)
+def test_a_stop_waits_for_what_is_in_flight_and_for_nobody_else(reason, retry_after, make, server, ask, faults):
+    calls_of_the_probe = 1
+    teacher = make(base_s=20.0, cap_s=20.0, max_calls=calls_of_the_probe + 3 if reason == "spent" else 0)
+    assert len(server.log) == calls_of_the_probe
+
+    def behave(call):
+        if " busy" in call.body["prompt"]:
+            return faults.Answer(status=429, headers=retry_after, body={"error": {"message": "slow down"}})
+        if " refused" in call.body["prompt"]:
+            return faults.Answer(status=401, delay_s=0.3, body={"error": {"message": "key revoked"}})
+        return faults.Answer(delay_s=0.6)
+
+    server.behave = behave
+    requests = [ask(prefix=prefix) for prefix in (" busy", f" {reason}", " slow")]
+    start = time.monotonic()
+    with pytest.raises(TeacherStopped):
+        teacher.continue_texts([*requests, *(ask(prefix=f" {i}") for i in range(20))])
+    assert 0.5 < time.monotonic() - start < 10.0
+    teacher.close()
+    (kept,) = make(replay_only=True).continue_texts(requests[-1:])
+    assert kept.num_cached == 3
+
+
 @pytest.mark.parametrize(("cap", "value"), [("max_tokens", 500), ("max_dollars", 0.5)])
 def test_token_and_dollar_caps_hold(cap, value, make, server, ask, faults, tmp_path):
     prices = tmp_path / "prices.json"

@@ -53,13 +53,13 @@ def make(server, tmp_path, monkeypatch):
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     teachers = []
 
-    def build(kind="openai", *, is_raw=None, probed=True, workdir=tmp_path, base_s=0.01, **changes):
+    def build(kind="openai", *, is_raw=None, probed=True, workdir=tmp_path, base_s=0.01, cap_s=0.2, **changes):
         teacher = make_teacher(
             config_of(kind, server.url, **changes),
             workdir=workdir,
             run_seed=0,
             is_raw=kind == "openai" if is_raw is None else is_raw,
-            policy=RetryPolicy(max_attempts=changes.get("max_attempts", 5), base_s=base_s, cap_s=0.2),
+            policy=RetryPolicy(max_attempts=changes.get("max_attempts", 5), base_s=base_s, cap_s=cap_s),
         )
         teachers.append(teacher)
         if probed:
