@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from omniopd_jax.data.tokenizer import Tokenizer
 from omniopd_jax.models import Model
 from omniopd_jax.rollout import sampler
 from omniopd_jax.types import InputError, Prompt
+
+_LOG = logging.getLogger(__name__)
 
 Judge = Callable[[str, str], bool]  # (response, reference answer) → right or not
 
@@ -40,8 +43,17 @@ class Evaluation:
         return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %"
 
 
-def get_judge(task: str) -> Judge:
-    """`math`: marked final answers (eval.math). `world`: the arithmetic world's own form."""
+def get_judge(task: str, prompts: Sequence[Prompt] = ()) -> Judge:
+    """`math`: marked final answers (eval.math). `world`: the arithmetic world's own form.
+
+    Args:
+      task: one of them.
+      prompts: what will be judged; told now, and not after all answers are generated, if that needs a package that is
+        not installed.
+
+    Raises:
+      InputError: an unknown task, or reference answers that cannot be judged here.
+    """
     if task == "world":
         from omniopd_jax.worlds import arithmetic
 
@@ -49,6 +61,10 @@ def get_judge(task: str) -> Judge:
     if task == "math":
         from omniopd_jax.eval import math
 
+        for prompt in prompts:
+            math.check_reference(prompt.answer, f"Prompt {prompt.id!r}")
+        if not math.has_math_verify():
+            _LOG.warning("math-verify is not installed: a given answer that is no plain number counts as wrong.")
         return math.is_correct
     raise InputError(f"Task {task!r} is not known; there are 'math' and 'world'.")
 

@@ -3,11 +3,15 @@
 The last ``\\boxed{...}`` wins; without one the last ``#### ...`` line (GSM8K), then the last ``Answer: ...``. Plain
 numbers are compared here; everything else (fractions, sets, intervals, units, expressions) by the package math-verify
 (extra ``eval``), in a worker process of its own because it can hang and because it works on a main thread only.
+
+Without math-verify only sets whose reference answers are plain numbers (GSM8K) can be judged, which is checked before
+anything is generated; a given answer that is no plain number ("18 dollars", an expression) then counts as wrong.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import multiprocessing
 import re
 import threading
@@ -16,8 +20,24 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from omniopd_jax.types import InputError
+
 TIMEOUT_S = 10.0
 _LONGEST = 2000  # characters; a longer "answer" is a run-away text, and parsing it takes minutes
+
+
+def has_math_verify() -> bool:
+    """Whether answers that are no plain numbers can be judged here."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def check_reference(answer: str, where: str) -> None:
+    """Raises InputError where `answer` needs math-verify and it is not installed; `where` says whose answer it is."""
+    if _number(_reference(answer)) is None and not has_math_verify():
+        raise InputError(
+            f"{where} has the reference answer {_reference(answer)[:80]!r}, which is no plain number: to judge it, "
+            "pip install 'omniopd_jax[eval]' (math-verify)."
+        )
 
 
 def extract_answer(text: str) -> str | None:
@@ -40,13 +60,12 @@ def is_correct(response: str, answer: str) -> bool:
       answer: the reference: a bare answer, or a worked solution that marks its answer.
 
     Raises:
-      ModuleNotFoundError: the two are not plain numbers and math-verify is not installed.
+      InputError: the reference is no plain number and math-verify is not installed.
     """
     given = extract_answer(response)
     if given is None or not given.strip():
         return False
-    wanted = extract_answer(answer)
-    wanted = answer if wanted is None else wanted
+    wanted = _reference(answer)
     if _plain(given) == _plain(wanted):
         return True
     given_number, wanted_number = _number(given), _number(wanted)
@@ -54,7 +73,15 @@ def is_correct(response: str, answer: str) -> bool:
         return given_number == wanted_number
     if len(given) > _LONGEST:
         return False
+    if not has_math_verify():
+        check_reference(answer, "A problem")
+        return False
     return _WORKER.verify(given, wanted)
+
+
+def _reference(answer: str) -> str:
+    marked = extract_answer(answer)
+    return answer if marked is None else marked
 
 
 def _last_boxed(text: str) -> str | None:
@@ -130,8 +157,6 @@ class _Worker:
             return False
 
     def _start(self) -> Any:
-        import math_verify  # noqa: F401  the error of a missing package belongs in this process
-
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._connection, self._process = ours, context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -5,6 +5,8 @@ import threading
 import pytest
 
 from omniopd_jax.eval import math
+from omniopd_jax.eval.evaluate import get_judge
+from omniopd_jax.types import InputError, Message, Prompt
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,23 @@ def test_a_hanging_grader_is_killed_and_replaced_off_the_main_thread(monkeypatch
     assert not first.is_alive()
     monkeypatch.undo()
     assert math.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
+
+
+def test_without_math_verify_plain_references_are_judged_and_others_refused_beforehand(monkeypatch, caplog):
+    monkeypatch.setattr(math, "has_math_verify", lambda: False)
+    plain = [Prompt("a", (Message("user", "?"),), answer="6 + 12 = 18\n#### 18"), Prompt("b", (), answer="1/2")]
+    judge = get_judge("math", plain)
+    assert "counts as wrong" in caplog.text
+    assert judge("#### 18", plain[0].answer)
+    assert not judge("#### 18 dollars", plain[0].answer)
+    assert not judge(r"\boxed{\sqrt{324}}", plain[0].answer)
+    with pytest.raises(InputError, match=r"'c' has the reference answer 'x\^2'.*pip install 'omniopd_jax\[eval\]'"):
+        get_judge("math", [*plain, Prompt("c", (), answer=r"so \boxed{x^2}")])
+    with pytest.raises(InputError, match="no plain number"):
+        math.is_correct(r"\boxed{x}", r"\boxed{x^2}")
+
+
+def test_with_math_verify_any_reference_is_judged():
+    pytest.importorskip("math_verify")
+    assert math.has_math_verify()
+    assert get_judge("math", [Prompt("c", (), answer="x^2")]) is math.is_correct
