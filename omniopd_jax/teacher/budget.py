@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omniopd_jax.config import Config, ConfigError
+from omniopd_jax.config import Config, ConfigError, TeacherConfig
+from omniopd_jax.teacher.capabilities import find_capability
 from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
 
 API_KINDS = ("openai", "anthropic", "gemini")  # kinds of teachers that may cost money
@@ -77,12 +78,28 @@ def find_price(model: str, overrides: str = "") -> Price | None:
     return None
 
 
-class Budget:
-    """What is spent and what is in flight; nothing is sent that could break a cap.
+def run_price(teacher: TeacherConfig) -> Price | None:
+    """The price that the teacher's cap in dollars counts with; None where there is neither.
 
-    A call is admitted only if the worst it can cost still fits beside what is spent and in flight. Where it does not
-    fit *now* it waits for the calls in flight, which mostly cost less than their worst; where nothing is in flight the
-    budget is exhausted. One event loop; `settle` may be called once a reservation.
+    Raises:
+      ConfigError: a cap in dollars without a price, which would count every call as $0; or an unreadable price file.
+    """
+    price = find_price(teacher.model, teacher.prices)
+    if price is None and teacher.max_dollars:
+        raise ConfigError(
+            f"config.teacher.max_dollars needs a price for {teacher.model!r}: name a file with one in "
+            "config.teacher.prices, or set config.teacher.max_calls or config.teacher.max_tokens instead."
+        )
+    return price
+
+
+class Budget:
+    """What is spent and what is in flight; nothing is sent that is expected to break a cap.
+
+    A call is admitted only if the worst it can cost still fits beside what is spent and in flight. Calls and completion
+    tokens are bounded; prompt tokens are the caller's estimate, so a cap on tokens or dollars can slip by its error.
+    Where a call does not fit *now* it waits for the calls in flight, which mostly cost less than their worst; where
+    nothing is in flight the budget is exhausted. One event loop; `settle` may be called once a reservation.
 
     Args:
       price: None counts dollars as 0.
@@ -99,7 +116,7 @@ class Budget:
         self._file = None
 
     async def reserve(self, prompt_tokens: float, completion_tokens: float) -> Usage:
-        """Admits one call, at most this large.
+        """Admits one call of `prompt_tokens` (an estimate) and at most `completion_tokens`.
 
         Raises:
           BudgetExhausted: it would break a cap.
@@ -209,34 +226,41 @@ def _end_torn_line(path: Path) -> None:
 
 
 def projected_cost(config: Config) -> str:
-    """One paragraph: the calls, tokens and dollars that a run may need, before anything is sent.
+    """One paragraph: about how many calls, tokens and dollars a run of an API teacher needs, before anything is sent.
 
-    An upper bound: every response as long as allowed, every chunk audited, prompts of `data.max_prompt_tokens`, and the
-    student's tokens counted as the teacher's. One call a sample for APIs that take no n.
+    An estimate. High where responses end early, cuts are dropped, answers are in the cache or prompts are short; low
+    where calls are repeated, the teacher splits texts into more tokens, or the probe finds fewer samples a call.
+
+    Raises:
+      ConfigError: a cap in dollars without a price, or a file of prices or capabilities that cannot be read.
     """
     teacher, audit, rollout = config.teacher, config.audit, config.rollout
-    responses = rollout.batch_size
+    samples_a_call = find_capability(teacher.kind, teacher.model, teacher.base_url, teacher.capabilities).max_n
     fitting = int(rollout.max_new_tokens * audit.max_fraction // audit.chunk_tokens)
-    chunks = max(1, min(audit.num_chunks, fitting))
-    calls_a_chunk = 1 if teacher.kind == "openai" else audit.num_continuations
-    calls = responses * chunks * calls_a_chunk
+    chunks = rollout.batch_size * max(1, min(audit.num_chunks, fitting))
+    calls = chunks * math.ceil(audit.num_continuations / samples_a_call)
     prompt_tokens = calls * (config.data.max_prompt_tokens + rollout.max_new_tokens / 2)
-    completion_tokens = responses * chunks * audit.num_continuations * audit.chunk_tokens * teacher.token_slack
+    completion_tokens = chunks * audit.num_continuations * audit.chunk_tokens * teacher.token_slack
     steps = config.train.steps
-    price = find_price(teacher.model, teacher.prices) if teacher.kind in API_KINDS else None
+    price = run_price(teacher)
     lines = [
-        f"Teacher {teacher.kind} {teacher.model or teacher.path}: at most {calls:,} calls, {prompt_tokens:,.0f} prompt "
-        f"and {completion_tokens:,.0f} completion tokens a step; {calls * steps:,} calls in {steps} steps."
+        f"Teacher {teacher.kind} {teacher.model}: about {calls:,} calls, {prompt_tokens:,.0f} prompt and "
+        f"{completion_tokens:,.0f} completion tokens a step; {calls * steps:,} calls in {steps} steps."
     ]
     if price is not None:
         dollars = price.dollars(prompt_tokens, completion_tokens)
         lines.append(
             f"At ${price.input:g} and ${price.output:g} a million tokens ({price.date}"
-            f"{', out of date: check it' if price.is_stale else ''}) at most ${dollars:,.2f} a step, "
+            f"{', out of date: check it' if price.is_stale else ''}) about ${dollars:,.2f} a step, "
             f"${dollars * steps:,.2f} in all."
         )
     else:
         lines.append("No price is known for it; config.teacher.prices may name a file with one.")
+    lines.append(
+        f"An estimate: every chunk of every response is audited, {min(samples_a_call, audit.num_continuations)} of "
+        f"{audit.num_continuations} samples a call, prompts of {config.data.max_prompt_tokens} tokens, prefixes of "
+        f"{rollout.max_new_tokens // 2} in the mean, no call repeated, tokens as the student counts them."
+    )
     caps = [f"{value:g} {name}" for name, value in _caps(config).items() if value]
     lines.append(f"The run stops at {' or '.join(caps)}." if caps else "No cap is set.")
     return " ".join(lines)

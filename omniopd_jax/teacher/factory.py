@@ -9,7 +9,7 @@ from typing import Any
 
 from omniopd_jax.config import ConfigError, TeacherConfig
 from omniopd_jax.teacher import anthropic, gemini, openai
-from omniopd_jax.teacher.budget import Budget, Caps, find_price
+from omniopd_jax.teacher.budget import Budget, Caps, run_price
 from omniopd_jax.teacher.cache import Cache
 from omniopd_jax.teacher.capabilities import find_capability
 from omniopd_jax.teacher.client import ApiTeacher
@@ -18,7 +18,7 @@ from omniopd_jax.teacher.protocol import Teacher
 from omniopd_jax.teacher.redaction import Redactor, key_from_environment
 from omniopd_jax.teacher.retry import RetryPolicy
 from omniopd_jax.teacher.scripted import scripted_teacher
-from omniopd_jax.teacher.transport import check_address, is_loopback
+from omniopd_jax.teacher.transport import check_address
 from omniopd_jax.types import Message
 
 CACHE_FILE = "teacher_cache.sqlite"
@@ -60,12 +60,7 @@ def make_teacher(
     url = config.base_url or vendor.OFFICIAL_URL
     check_address(url, allow_insecure_http=config.allow_insecure_http)
     api_key = "" if config.replay_only or config.dry_run else _key(config, vendor.KEY_NAMES)
-    price = find_price(config.model, config.prices)
-    if price is None and config.max_dollars and not is_loopback(url):
-        raise ConfigError(
-            f"config.teacher.max_dollars needs a price for {config.model!r}; name a file with one in "
-            "config.teacher.prices."
-        )
+    price = run_price(config)
     cache_path = Path(config.cache_path) if config.cache_path else workdir / CACHE_FILE
     if config.cache_path == "off" and config.replay_only:
         raise ConfigError("config.teacher.replay_only needs a cache, but config.teacher.cache_path is 'off'.")

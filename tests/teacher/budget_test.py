@@ -76,23 +76,49 @@ def test_no_cap_is_no_cap():
     asyncio.run(run())
 
 
-def test_projection_is_an_upper_bound_in_numbers():
+def _projected(kind, model, **teacher):
     values = base.get_config()
-    values.teacher.kind, values.teacher.model = "anthropic", "claude-haiku-4-5"
+    values.teacher.update(kind=kind, model=model, **teacher)
     values.train.steps, values.rollout.batch_size, values.rollout.max_new_tokens = 10, 64, 1000
     values.audit.num_chunks, values.audit.chunk_tokens, values.audit.num_continuations = 4, 50, 8
-    values.data.max_prompt_tokens, values.teacher.max_dollars = 1000, 20.0
-    text = projected_cost(from_mapping(values))
-    assert (
-        "at most 2,048 calls, 3,072,000 prompt and 153,600 completion tokens a step; 20,480 calls in 10 steps" in text
-    )
-    assert "at most $3.84 a step, $38.40 in all" in text
+    values.data.max_prompt_tokens = 1000
+    return projected_cost(from_mapping(values))
+
+
+def test_projection_in_numbers():
+    text = _projected("anthropic", "claude-haiku-4-5", max_dollars=20.0)
+    assert "about 2,048 calls, 3,072,000 prompt and 153,600 completion tokens a step; 20,480 calls in 10 steps" in text
+    assert "about $3.84 a step, $38.40 in all" in text
     assert "The run stops at 20 dollars." in text
-    values.teacher.kind, values.teacher.model, values.teacher.max_dollars = "openai", "mine", 0.0
-    text = projected_cost(from_mapping(values))
-    assert "at most 256 calls" in text  # one call brings all N
+    assert "at most" not in text
+    assert "An estimate: every chunk of every response is audited, 1 of 8 samples a call" in text
+    text = _projected("openai", "mine", base_url="http://127.0.0.1:8000/v1")
     assert "No price is known" in text
     assert "No cap is set." in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "base_url", "calls"),
+    [
+        ("openai", "mine", "http://127.0.0.1:8000/v1", 256),  # one call brings all N
+        ("openai", "deepseek-chat", "https://api.deepseek.com/beta", 2048),
+        ("gemini", "gemini-2.5-flash", "", 256),
+        ("gemini", "gemini-3.6-flash", "", 2048),
+    ],
+)
+def test_projection_counts_as_many_samples_a_call_as_the_model_gives(kind, model, base_url, calls):
+    assert f"about {calls:,} calls" in _projected(kind, model, base_url=base_url)
+
+
+def test_projection_of_a_record_that_gives_some_a_call(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"records": [{"kind": "openai", "max_n": 3}]}))
+    assert "about 768 calls" in _projected("openai", "mine", capabilities=str(path))  # 8 samples: 3 + 3 + 2
+
+
+def test_projection_of_a_cap_in_dollars_without_a_price_is_refused():
+    with pytest.raises(ConfigError, match="max_dollars needs a price for 'mine'"):
+        _projected("openai", "mine", max_dollars=20.0)
 
 
 def test_a_dry_run_prints_the_projection_and_makes_nothing(tmp_path):
@@ -102,5 +128,5 @@ def test_a_dry_run_prints_the_projection_and_makes_nothing(tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "claude-haiku-4-5: at most 32 calls" in done.stdout
+    assert "claude-haiku-4-5: about 32 calls" in done.stdout
     assert not (tmp_path / "run").exists()

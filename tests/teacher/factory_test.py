@@ -53,6 +53,7 @@ def test_plain_http_can_be_allowed():
         ({"api_key_env": "NOT_THERE"}, "NOT_THERE, which is not set"),
         ({"cache_path": "off", "replay_only": True}, "replay_only needs a cache"),
         ({"base_url": "https://example.com/v1", "max_dollars": 1.0, "model": "no-price"}, "needs a price"),
+        ({"max_dollars": 1.0, "model": "no-price"}, "needs a price for 'no-price': name a file .* or set .*max_calls"),
         ({"capabilities": "/no/such/file.json"}, "must be a JSON object"),
         ({"prices": "/no/such/file.json"}, "must be a JSON object"),
     ],
