@@ -1,8 +1,10 @@
 """What a config makes, and the sentences for configs that cannot work."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,15 @@ def test_configs_that_cannot_work(changes, told, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=told):
         make_teacher(config_of("openai", "http://127.0.0.1:1", **changes), workdir=tmp_path, run_seed=0)
+
+
+def test_documented_commands_name_all_that_a_run_needs():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m experiments\.train .*", text.replace("\\\n", " "), flags=re.M)
+    assert len(commands) == 2
+    for command in commands:
+        for knob in ("student.path", "data.train", "teacher.kind", "teacher.model"):
+            assert f"--config.{knob}=" in command
 
 
 @pytest.mark.parametrize(
