@@ -77,7 +77,6 @@ class ApiTeacher:
         run_seed: int = 0,
     ):
         self.name = f"{config.kind}:{config.model}"
-        self.failures: collections.Counter[str] = collections.Counter()  # attempts that failed, by reason
         self._dialect = dialect
         self._config = config
         self._capability = capability
@@ -98,11 +97,6 @@ class ApiTeacher:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
-
-    @property
-    def spent(self) -> Usage:
-        """What the work directory's run has cost so far, earlier processes included."""
-        return self._budget.spent
 
     def probe(self) -> str:
         if self._config.dry_run:
@@ -303,7 +297,6 @@ class ApiTeacher:
                 if not wanted:
                     return
                 step.failures["fewer_samples"] += 1
-                self.failures["fewer_samples"] += 1
                 self._last_failure = "fewer samples came back than were asked for"
                 wait_s = self._policy.wait_s(attempt, None, self._rng)
             if step.stopped is not None:
@@ -357,7 +350,6 @@ class ApiTeacher:
                 cost = self._budget.settle(
                     reserved, status=failure.reason, is_assumed=failure.is_charged, latency_s=time.monotonic() - start
                 )
-                self.failures[failure.reason] += 1
                 self._last_failure = self._redact(str(failure))
                 if job is not None:
                     job.usage += dataclasses.replace(cost, prompt_tokens=0, completion_tokens=0)

@@ -90,7 +90,6 @@ def verify(
     settings: VerifySettings,
     seed: int,
     step: int,
-    first_row: int = 0,
 ) -> tuple[Verdicts, list[dict[str, Any]], dict[str, float]]:
     """Asks the teacher about every audited chunk and scores what it says.
 
@@ -105,7 +104,6 @@ def verify(
       settings: what is asked.
       seed: the run's; with the prompt, the sample's number and the position it names the request's seed.
       step: for messages and audits.
-      first_row: number of row 0 within the step, where a step is verified in parts.
 
     Returns:
       Verdicts; one audit record a chunk asked about, in which `prior`, `target`, `weight` (and each branch's `weight`)
@@ -132,7 +130,7 @@ def verify(
     similarity_seconds = time.perf_counter() - began
 
     audits = [
-        _audit(chunk, text, found, verdicts, batch, rollout, settings, step, first_row)
+        _audit(chunk, text, found, verdicts, batch, rollout, settings, step)
         for chunk, text, found in zip(chunks, texts, received, strict=True)
     ]
     metrics = _metrics(chunks, texts, results, verdicts, settings) | {
@@ -347,7 +345,6 @@ def _audit(
     rollout: Rollout,
     settings: VerifySettings,
     step: int,
-    first_row: int,
 ) -> dict[str, Any]:
     """One line of audits.jsonl, as far as it is known here."""
     place = (chunk.row, chunk.slot)
@@ -357,7 +354,7 @@ def _audit(
     entropy = None if rollout.entropy_BxT is None else round(float(rollout.entropy_BxT[chunk.row, chunk.start]), 4)
     record = {
         "step": step,
-        "response": first_row + chunk.row,
+        "response": chunk.row,
         "prompt_id": batch.prompts[chunk.row].id,
         "slot": chunk.slot,
         "start": chunk.start,

@@ -29,7 +29,7 @@ def test_every_request_gets_n_different_texts(kind, make, server, ask):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_usage_adds_up_with_the_servers_own_log(kind, make, server, ask, faults):
+def test_usage_adds_up_with_the_servers_own_log(kind, make, server, ask, faults, spent, failures):
     teacher = make(kind)
     server.behave = lambda call: faults.Answer(status=500 if call.number % 3 == 0 else 200, prompt_tokens=call.number)
     results = teacher.continue_texts([ask(prefix=f" {i}", n=3, is_raw=kind == "openai") for i in range(10)])
@@ -38,23 +38,24 @@ def test_usage_adds_up_with_the_servers_own_log(kind, make, server, ask, faults)
     assert usage.calls == len(server.calls)
     assert usage.prompt_tokens == sum(entry["prompt_tokens"] for entry in server.calls)
     assert usage.completion_tokens == sum(entry["completion_tokens"] for entry in server.calls)
-    assert teacher.spent.calls == len(server.log)  # the probe's calls are paid for, too
-    assert teacher.failures["500"] == sum(entry["status"] == 500 for entry in server.calls)
+    assert spent().calls == len(server.log)  # the probe's calls are paid for, too
+    assert failures() == ["500"] * sum(entry["status"] == 500 for entry in server.calls)
 
 
-def test_ledger_holds_one_line_a_call_and_a_resumed_run_counts_on(make, server, ask, tmp_path):
+def test_ledger_holds_one_line_a_call_and_a_resumed_run_counts_on(make, server, ask, tmp_path, spent):
     teacher = make()
     teacher.continue_texts([ask(prefix=f" {i}") for i in range(5)])
-    spent = teacher.spent
+    before = spent()
     teacher.close()
     lines = [json.loads(line) for line in (tmp_path / "teacher_calls.jsonl").read_text().splitlines()]
-    assert len(lines) == len(server.log) == spent.calls
+    assert len(lines) == len(server.log) == before.calls
     assert sum(line["prompt_tokens"] for line in lines) == sum(entry["prompt_tokens"] for entry in server.log)
     with (tmp_path / "teacher_calls.jsonl").open("a") as file:
         file.write('{"torn": ')  # as a killed run leaves it
-    again = make(probed=False)
-    assert again.spent == spent
-    again.probe()
+    assert spent() == before
+    with pytest.raises(BudgetExhausted, match=f"max_calls={before.calls}: {before.calls} calls"):
+        make(max_calls=before.calls)
+    make()
     lines = (tmp_path / "teacher_calls.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["status"] == "ok"  # on a line of its own
 
@@ -145,7 +146,7 @@ def test_changed_model_name_stops_the_run(make, server, ask, faults):
         teacher.continue_texts([ask(prefix=" second")])
 
 
-def test_caps_are_never_exceeded_and_what_was_in_flight_is_kept(make, server, ask, faults, tmp_path):
+def test_caps_are_never_exceeded_and_what_was_in_flight_is_kept(make, server, ask, faults, tmp_path, spent):
     prices = tmp_path / "prices.json"
     prices.write_text('{"prices": [{"model": "m", "input": 1000.0, "output": 1000.0, "date": "2026-11-01"}]}')
     teacher = make(max_calls=12, max_dollars=1e6, prices=str(prices))
@@ -153,8 +154,8 @@ def test_caps_are_never_exceeded_and_what_was_in_flight_is_kept(make, server, as
     with pytest.raises(BudgetExhausted, match=r"config\.teacher\.max_calls=12") as stopped:
         teacher.continue_texts([ask(prefix=f" {i}") for i in range(40)])
     assert stopped.value.exit_code == 4
-    assert len(server.log) == 12 == teacher.spent.calls
-    assert teacher.spent.dollars == pytest.approx(sum(
+    assert len(server.log) == 12 == spent().calls
+    assert spent().dollars == pytest.approx(sum(
         entry["prompt_tokens"] + entry["completion_tokens"] for entry in server.log) / 1000)  # fmt: skip
     teacher.close()
     # The same command with a higher cap pays for the rest alone.
@@ -192,15 +193,16 @@ def test_a_stop_waits_for_what_is_in_flight_and_for_nobody_else(reason, retry_af
 
 
 @pytest.mark.parametrize(("cap", "value"), [("max_tokens", 500), ("max_dollars", 0.5)])
-def test_token_and_dollar_caps_hold(cap, value, make, server, ask, faults, tmp_path):
+def test_token_and_dollar_caps_hold(cap, value, make, server, ask, faults, tmp_path, spent):
     prices = tmp_path / "prices.json"
     prices.write_text('{"prices": [{"model": "m", "input": 1000.0, "output": 1000.0, "date": "2026-11-01"}]}')
     teacher = make(prices=str(prices), max_concurrency=4, **{cap: value})
     server.behave = lambda call: faults.Answer(delay_s=0.01)
     with pytest.raises(BudgetExhausted, match=f"config.teacher.{cap}="):
         teacher.continue_texts([ask(prefix=f" {i}") for i in range(200)])
-    spent = teacher.spent
-    used = spent.dollars if cap == "max_dollars" else spent.prompt_tokens + spent.completion_tokens
+    total_spent = spent()
+    tokens = total_spent.prompt_tokens + total_spent.completion_tokens
+    used = total_spent.dollars if cap == "max_dollars" else tokens
     assert 0.7 * value < used <= value
 
 

@@ -1,12 +1,14 @@
 """The fault server and teachers that talk to it, with short waits."""
 
 import dataclasses
+import json
 
 import pytest
 
 from configs import base
 from omniopd_jax.config import TeacherConfig
-from omniopd_jax.teacher.factory import make_teacher
+from omniopd_jax.teacher.budget import Budget, Caps
+from omniopd_jax.teacher.factory import CALLS_FILE, make_teacher
 from omniopd_jax.teacher.protocol import ContinuationRequest
 from omniopd_jax.teacher.retry import RetryPolicy
 from omniopd_jax.types import Message
@@ -69,6 +71,23 @@ def make(server, tmp_path, monkeypatch):
     yield build
     for teacher in teachers:
         teacher.close()
+
+
+@pytest.fixture
+def spent(tmp_path):
+    """spent() → what the work directory's run has cost, as a resumed run reads it from the ledger."""
+    return lambda: Budget(None, Caps(), ledger=tmp_path / CALLS_FILE).spent
+
+
+@pytest.fixture
+def failures(tmp_path):
+    """failures() → why attempts failed, one reason each, as the ledger has it."""
+
+    def read():
+        lines = (tmp_path / CALLS_FILE).read_text().splitlines()
+        return [status for status in (json.loads(line)["status"] for line in lines) if status != "ok"]
+
+    return read
 
 
 @pytest.fixture

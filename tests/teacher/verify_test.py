@@ -282,12 +282,12 @@ def test_equal_pairs_are_compared_once(words):
 
 
 def test_audits_can_be_written_and_say_what_was_compared(words):
-    responses = [_response(words, TEXTS["words"][0])]
-    _, audits, _ = _run(words, responses, [[5]], scripted_teacher("noise"), first_row=8)
+    responses = [_response(words, TEXTS["words"][0])] * 2
+    _, audits, _ = _run(words, responses, [[], [5]], scripted_teacher("noise"))
     (audit,) = json.loads(json.dumps(audits))
     assert audit["step"] == 4
-    assert audit["response"] == 8
-    assert audit["prompt_id"] == "p0"
+    assert audit["response"] == 1
+    assert audit["prompt_id"] == "p1"
     assert (audit["slot"], audit["start"], audit["moved"], audit["num_tokens"]) == (0, 5, 0, C)
     assert audit["chunk"] == " 0 gives 1 4 ;"
     assert audit["entropy"] == pytest.approx(0.5)
