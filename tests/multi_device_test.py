@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_sharded_step_equals_that_of_one_device(found, mesh):
         assert many["gradients"][name] == pytest.approx(value, rel=1e-5, abs=1e-5 * one["scale"]), name
 
 
-@pytest.mark.parametrize(("mesh", "shares"), [("data", 1), ("fsdp", 8), ("all", 4)])
+@pytest.mark.parametrize(("mesh", "shares"), [("fsdp", 8), ("all", 4)])
 def test_parameters_and_moments_take_their_share_of_each_device(found, mesh, shares):
     """Norms and key/value heads that do not divide stay whole, hence a little more than the share."""
     share = found[mesh]["bytes_a_device"] / found["one"]["bytes_a_device"]

@@ -180,8 +180,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last checkpoint and frees the threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _discard_after(self, step: int) -> None:
         for later in self.steps():

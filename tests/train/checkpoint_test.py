@@ -1,5 +1,6 @@
 """What is saved comes back, and what is damaged or of another run does not."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -143,6 +144,8 @@ def test_a_failed_write_leaves_the_last_one_intact(saved, make_config):
         with pytest.raises(CheckpointError, match=r"could not be written .*the checkpoint of step 3 is intact"):
             save_and_wait(checkpoints, make_state(4))
     finally:
+        with contextlib.suppress(CheckpointError):
+            checkpoints.close()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     state, _ = restore(saved, make_config())
     jax.tree.map(np.testing.assert_array_equal, state, make_state(3))

@@ -155,7 +155,7 @@ def test_the_exported_student_is_the_trained_one(whole):
 def test_the_branch_arm_runs_and_logs_its_branches(distil, tmp_path):
     result = distil(
         tmp_path,
-        **{"objective.arm": "branch", "objective.num_branches": 4, "objective.anchor_weight": 0.0, "train.steps": 2,
+        **{"objective.arm": "branch", "objective.num_branches": 4, "objective.anchor_weight": 0.0, "train.steps": 1,
            "audit.positions": "random"},
     )  # fmt: skip
     assert result.metrics["loss/trunk"] == result.metrics["loss/anchor"] == 0
@@ -173,7 +173,7 @@ def test_a_teacher_that_agrees_raises_the_chunks_log_probability(distil, whole, 
     """One that never agrees weights them with the prior's share alone."""
     first = [line for line in read_lines(whole[0] / "audits.jsonl") if line["step"] == 1]
     says = iter([Continuation(line["chunk"], "stop" if line["is_end"] else "length") for line in first])
-    overrides = {"train.steps": 1, "audit.num_continuations": 1, "optimizer.warmup_steps": 0}
+    overrides = {"train.steps": 1, "audit.num_continuations": 1}
     agrees = distil(tmp_path / "agrees", teacher=ScriptedTeacher(lambda request: [next(says)]), **overrides)
     distil(tmp_path / "never", teacher=scripted_teacher("noise"), **overrides | {"audit.similarity": "exact"})
     for line in read_lines(tmp_path / "agrees" / "audits.jsonl"):
@@ -202,7 +202,7 @@ def test_a_teacher_that_agrees_raises_the_chunks_log_probability(distil, whole, 
         return total
 
     np.testing.assert_allclose(chunk_logprob(model), sum(line["logprob"] for line in first), rtol=1e-4)
-    assert chunk_logprob(agrees.model) > chunk_logprob(model) + 1
+    assert chunk_logprob(agrees.model) > chunk_logprob(model) + 0.5
 
 
 def test_a_stopped_teacher_leaves_a_checkpoint(distil, tmp_path):

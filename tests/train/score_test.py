@@ -24,9 +24,7 @@ def respond(make_config, model, tokenizer, prompts):
         )
         stream = PromptStream(prompts, tokenizer, batch_size=8, max_prompt_tokens=64, seed=0)
         batch = stream.batch_for_step(0)
-        return student.respond(
-            model, batch.tokens_BxP, batch.mask_BxP, batch.sample_index_B, jnp.asarray(0, jnp.int32)
-        )
+        return student.respond(model, batch.tokens_BxP, batch.mask_BxP, batch.sample_index_B, jnp.asarray(0, jnp.int32))
 
     return run
 
