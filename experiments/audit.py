@@ -3,7 +3,9 @@
     python -m experiments.audit --config=configs/gsm8k.py --prompt="What is 3 + 4?" \\
         --config.student.path=STUDENT --config.teacher.path=TEACHER
 
-Works with any teacher that the config names. Colours show entropy where the terminal can; --seed draws anew.
+Works with any teacher that the config names. What an API teacher answered is kept in WORKDIR/teacher_cache.sqlite, so
+the same question is paid for once; nothing else is left behind. Colours show entropy where the terminal can; --seed
+draws anew.
 """
 
 import dataclasses
@@ -16,10 +18,13 @@ import numpy as np
 from absl import flags
 
 from experiments import command
-from omniopd_jax.config import Config
+from omniopd_jax.config import Config, TeacherConfig
+from omniopd_jax.teacher.factory import CACHE_FILE
+from omniopd_jax.types import Anchors, InputError
 
 _CONFIG = command.define_config()
 _PROMPT = flags.DEFINE_string("prompt", None, "The user's message, or the exact text without a chat template.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the teacher's cache, by default runs/audit.")
 _ANSWER_SEED = flags.DEFINE_integer("seed", 0, "Draws another response.")
 flags.mark_flags_as_required(["config", "prompt"])
 
@@ -27,17 +32,41 @@ _SHADES = (0, 226, 220, 214, 208, 202)  # 256-colour backgrounds, from none to s
 
 
 def main() -> None:
+    import jax
+
     config = command.read_config(_CONFIG)
+    # One response is shown. As many are sampled as there are devices, for a mesh takes all devices and each its share;
+    # they are of one prompt, and only the first is audited.
+    rows = jax.device_count()
     config = dataclasses.replace(
         config,
-        rollout=dataclasses.replace(config.rollout, batch_size=1, samples_per_prompt=1),
+        rollout=dataclasses.replace(config.rollout, batch_size=rows, samples_per_prompt=rows, slots=0),
         train=dataclasses.replace(config.train, seed=_ANSWER_SEED.value, micro_batch_size=0),
-        mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+        mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1),
         eval=dataclasses.replace(config.eval, every=0),
         logging=dataclasses.replace(config.logging, tensorboard=False),
     )
+    config = dataclasses.replace(config, teacher=with_kept_cache(config.teacher, _WORKDIR.value))
     with tempfile.TemporaryDirectory() as folder:
         _show(config, Path(folder))
+
+
+def with_kept_cache(teacher: TeacherConfig, workdir: str | None) -> TeacherConfig:
+    """The teacher with its cache in the work directory, which is made, where answers are paid for."""
+    if teacher.kind in ("local", "scripted") or teacher.cache_path:
+        return teacher
+    folder = command.workdir(workdir, "runs/audit")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={folder} cannot be made: {error.strerror or error}.") from error
+    return dataclasses.replace(teacher, cache_path=str(folder / CACHE_FILE))
+
+
+def first_alone(anchors: Anchors) -> Anchors:
+    """The anchors of row 0: the teacher is asked about no other."""
+    is_first_B = np.arange(anchors.is_valid_BxM.shape[0]) == 0
+    return anchors.replace(is_valid_BxM=anchors.is_valid_BxM & is_first_B[:, None])
 
 
 def _show(config: Config, workdir: Path) -> None:
@@ -50,6 +79,8 @@ def _show(config: Config, workdir: Path) -> None:
     system = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
     prompt = Prompt("prompt", (*system, Message("user", str(_PROMPT.value))), is_raw=is_raw)
     experiment = prepare(config, workdir, prompts=[prompt])
+    choose = experiment.student.choose
+    experiment.student = experiment.student._replace(choose=lambda *seen: first_alone(choose(*seen)))
     try:
         seen = observe(experiment, 0, Clock(), Interrupts())
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
@@ -33,17 +33,6 @@ def read_config(holder: flags.FlagHolder) -> Config:
         return from_mapping(holder.value)
     except OSError as error:  # ml_collections reports an absent file on first use
         raise InputError("--config: " + " ".join(str(error.__cause__ or error).split())) from error
-
-
-def load_config(name: str, **overrides: object) -> ConfigDict:
-    """A config file's ConfigDict without flags, for mains that run several. `overrides`: {"section.knob": value}."""
-    import importlib
-
-    stem, _, argument = name.partition(":")
-    module = importlib.import_module(f"configs.{stem}")
-    config = module.get_config(argument) if argument else module.get_config()
-    config.update_from_flattened_dict(overrides)
-    return config
 
 
 def workdir(value: str | None, default: str) -> Path:

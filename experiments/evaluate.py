@@ -2,16 +2,23 @@
 
     python -m experiments.evaluate --model=runs/gsm8k --task=math --data=test.jsonl --temperature=0
 
---model is a folder in Hugging Face layout or a work directory (its exported model is taken). Greedy and sampled
-figures differ by a lot after distillation; report both.
+--model is a folder in Hugging Face layout or a work directory (its exported model is taken). A work directory's
+config.json also says how its prompts were written in training (data.prompt_field, answer_field, system_prompt,
+use_chat_template, template_args); flags go before it. Greedy and sampled figures differ by a lot after distillation;
+report both.
 """
 
+import contextlib
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
 from absl import flags
 
 from experiments import command
+from omniopd_jax.config import DataConfig, read_data
 from omniopd_jax.types import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "A Hugging Face folder, or a work directory.", required=True)
@@ -23,9 +30,21 @@ _PROBLEMS = flags.DEFINE_integer("problems", 0, "Take the first so many rows; 0:
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Responses sampled together.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest response.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Names the draws.")
-_RAW = flags.DEFINE_bool("raw", False, "Continue the prompt's text as it stands, without the chat template.")
-_SYSTEM = flags.DEFINE_string("system_prompt", "", "Put before conversations that have none of their own.")
+_RAW = flags.DEFINE_bool("raw", None, "Continue the prompt's text as it stands, without the chat template.")
+_SYSTEM = flags.DEFINE_string("system_prompt", None, "Put before conversations that have none of their own.")
+_PROMPT_FIELD = flags.DEFINE_string("prompt_field", None, "Column of the prompt.")
+_ANSWER_FIELD = flags.DEFINE_string("answer_field", None, "Column of the reference answer.")
 _OUT = flags.DEFINE_string("out", "", "jsonl file of every answer and its verdict.")
+
+
+def layout(workdir: Path, asked: Mapping[str, Any]) -> DataConfig:
+    """How prompts are written: as `asked` (None: not so), else as in the run of `workdir`, else as in base.py."""
+    from configs import base
+
+    written = workdir / "config.json"
+    is_run = (workdir / "model").is_dir() and written.is_file()
+    data = read_data(written) if is_run else DataConfig(**base.get_config().data.to_dict())
+    return dataclasses.replace(data, **{name: value for name, value in asked.items() if value is not None})
 
 
 def main() -> None:
@@ -34,35 +53,58 @@ def main() -> None:
     from omniopd_jax.eval.evaluate import evaluate, get_judge
     from omniopd_jax.models import load_model
 
-    folder = Path(_MODEL.value)
-    if (folder / "model").is_dir():
-        folder = folder / "model"
+    given = Path(_MODEL.value)
+    folder = given / "model" if (given / "model").is_dir() else given
     if not folder.is_dir():
         raise InputError(f"No folder {str(folder)!r}: --model wants a Hugging Face folder or a work directory.")
-    prompts = read_prompts(_DATA.value, system_prompt=_SYSTEM.value, is_raw=_RAW.value)
+    asked = {
+        "prompt_field": _PROMPT_FIELD.value,
+        "answer_field": _ANSWER_FIELD.value,
+        "system_prompt": "" if _RAW.value and _SYSTEM.value is None else _SYSTEM.value,  # a raw text has no turns
+        "use_chat_template": None if _RAW.value is None else not _RAW.value,
+    }
+    data = layout(given, asked)
+    prompts = read_prompts(
+        _DATA.value,
+        data.prompt_field,
+        data.answer_field,
+        system_prompt=data.system_prompt,
+        is_raw=not data.use_chat_template,
+    )
     prompts = prompts[: _PROBLEMS.value or None]
-    with command.bars() as bar:
+    judge = get_judge(_TASK.value, prompts)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    with opened(_OUT.value) as lines, command.bars() as bar:
         result = evaluate(
-            load_model(folder),
-            load_tokenizer(folder),
+            model,
+            tokenizer,
             prompts,
-            get_judge(_TASK.value),
+            judge,
             temperature=_TEMPERATURE.value,
             max_new_tokens=_TOKENS.value,
             batch_size=_BATCH.value,
             samples=_SAMPLES.value,
             seed=_SEED.value,
-            template_args={"enable_thinking": False},
-            use_chat_template=not _RAW.value,
+            template_args=data.template_args,
+            use_chat_template=data.use_chat_template,
             progress=lambda done, total: bar("answers", done, total),
         )
-    if _OUT.value:
-        with open(_OUT.value, "w", encoding="utf-8") as lines:
+        if lines is not None:
             for i, (text, is_right) in enumerate(zip(result.responses, result.is_correct, strict=True)):
                 row = {"id": prompts[i // result.samples].id, "response": text, "is_correct": is_right}
                 lines.write(json.dumps(row) + "\n")
     print(f"accuracy   {result}   ({result.problems} problems, {result.samples} samples each)")
     print(f"truncated  {100 * result.truncated:.1f} %   mean length {result.mean_tokens:.1f} tokens")
+
+
+def opened(path: str) -> contextlib.AbstractContextManager[IO[str] | None]:
+    """The file of --out, to be opened before any answer is generated; None for ""."""
+    if not path:
+        return contextlib.nullcontext()
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out={path} cannot be written: {error.strerror or error}.") from error
 
 
 if __name__ == "__main__":

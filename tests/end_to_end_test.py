@@ -1,7 +1,10 @@
 """The commands that users type, on real folders and real rows, each in a process of its own."""
 
+import dataclasses
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from safetensors.numpy import load_file, save_file
 
-from omniopd_jax import models
+from configs import gsm8k
+from omniopd_jax import config, models
 from omniopd_jax.data import load_tokenizer
 from omniopd_jax.train import small_world
+from omniopd_jax.types import Anchors
 from tests.tiny_tokenizers import save_byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,11 +29,11 @@ DATA = Path(os.environ.get("OMNIOPD_DATA", ROOT.parent / "shared" / "data"))
 GSM8K = DATA / "gsm8k" / "train.jsonl"
 
 
-def command(*arguments: object, **options) -> subprocess.CompletedProcess:
+def command(*arguments: object, devices: int = 1, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=ROOT,
-        env=_environment(),
+        env=_environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,
         **options,
@@ -112,8 +119,9 @@ def test_evaluate_judges_the_exported_student(tiny, tmp_path):
 def test_audit_shows_one_prompt_and_trains_nothing(tiny):
     workdir, _ = tiny
     done = command(
-        "experiments.audit", "--config=configs/tiny.py", f"--config.world.path={workdir / 'world'}", "--prompt=3 + 4"
-    )
+        "experiments.audit", "--config=configs/tiny.py", f"--config.world.path={workdir / 'world'}", "--prompt=3 + 4",
+        devices=2,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     for word in ("3 + 4", "entropy", "teacher", "prior", "target"):
         assert word in done.stdout, done.stdout
@@ -191,13 +199,22 @@ def test_gsm8k_with_any_two_folders_trains_resumes_exports_and_evaluates(folders
         ({"config.teacher.path": "{absent}"}, "absent"),
         ({"config.data.train": "{absent}.jsonl"}, "No prompt file"),
         ({"config.student.path": "{empty}"}, "empty"),
+        ({"config.student.path": "{unknown}"}, "'BertModel'"),
+        ({"config.student.path": "{partial}"}, "lacks 1 tensors"),
         ({"config.mesh.fsdp": 3}, "mesh"),
         ({"config.audit.num_chunkz": 3}, "num_chunks"),
         ({"config.audit.similarity": "rouge7"}, "rouge7"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(folders, tmp_path, overrides, sentence):
-    (tmp_path / "empty").mkdir()
+    paths = {name: tmp_path / name for name in ("absent", "empty", "unknown", "partial")}
+    paths["empty"].mkdir()
+    for name in ("unknown", "partial"):
+        shutil.copytree(folders / "student", paths[name])
+    (paths["unknown"] / "config.json").write_text('{"architectures": ["BertModel"]}')
+    tensors = load_file(paths["partial"] / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, paths["partial"] / "model.safetensors")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8")
     settings = {
@@ -205,9 +222,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, tmp_path, overrides,
         "config.teacher.path": str(folders / "teacher"),
         "config.data.train": str(rows),
     } | {
-        name: str(value).format(absent=tmp_path / "absent", empty=tmp_path / "empty")
+        name: str(value).format(**paths)
         for name, value in overrides.items()
-    }
+    }  # fmt: skip
     done = command(
         "experiments.train", "--config=configs/gsm8k.py", f"--workdir={tmp_path / 'run'}",
         *(f"--{name}={value}" for name, value in settings.items()),
@@ -215,3 +232,56 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, tmp_path, overrides,
     assert done.returncode == 2, (done.stdout + done.stderr)[-2000:]
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _main(name: str):
+    """A main's module without its flags, for two mains have flags of one name."""
+    module = importlib.import_module(f"experiments.{name}")
+    for flag in list(flags.FLAGS.flags_by_module_dict().get(module.__name__, ())):
+        if flag.name in flags.FLAGS:
+            delattr(flags.FLAGS, flag.name)
+    return module
+
+
+AUDIT, EVALUATE = _main("audit"), _main("evaluate")
+
+
+def test_a_work_directory_is_measured_on_prompts_as_it_was_trained(tmp_path):
+    assert EVALUATE.layout(tmp_path, {}).template_args == {"enable_thinking": False}
+    values = gsm8k.get_config().to_dict()
+    values["data"]["template_args"] = {"enable_thinking": True}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert EVALUATE.layout(tmp_path, {}).system_prompt == "", "a model folder's own config.json is another"
+    (tmp_path / "model").mkdir()
+    found = EVALUATE.layout(tmp_path, {"system_prompt": None})
+    assert found.system_prompt == values["data"]["system_prompt"] != ""
+    assert found.template_args == {"enable_thinking": True}
+    found = EVALUATE.layout(tmp_path, {"system_prompt": "", "use_chat_template": False})
+    assert (found.system_prompt, found.use_chat_template) == ("", False)
+
+
+def test_evaluate_opens_its_output_before_it_generates(tiny, tmp_path):
+    workdir, _ = tiny
+    done = command(
+        "experiments.evaluate", f"--model={workdir}", f"--data={workdir / 'world' / 'eval.jsonl'}",
+        f"--out={tmp_path / 'absent' / 'answers.jsonl'}",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "answers.jsonl cannot be written: No such file" in done.stderr
+    assert "answers  " not in done.stderr, "the bar of answers begun"
+
+
+def test_an_audit_keeps_what_was_paid_for_and_nothing_else(tmp_path):
+    teacher = config.from_mapping(gsm8k.get_config()).teacher
+    assert AUDIT.with_kept_cache(teacher, str(tmp_path / "a")) == teacher
+    assert not (tmp_path / "a").exists(), "a local teacher has no cache"
+    paid = dataclasses.replace(teacher, kind="openai")
+    assert AUDIT.with_kept_cache(paid, str(tmp_path / "a")).cache_path == str(tmp_path / "a" / "teacher_cache.sqlite")
+    assert (tmp_path / "a").is_dir()
+    off = dataclasses.replace(paid, cache_path="off")
+    assert AUDIT.with_kept_cache(off, str(tmp_path / "b")) == off
+
+
+def test_an_audit_asks_about_the_first_response_alone():
+    anchors = Anchors(start_BxM=np.zeros((3, 2), np.int32), is_valid_BxM=np.array([[True, False]] * 3))
+    assert AUDIT.first_alone(anchors).is_valid_BxM.tolist() == [[True, False], [False, False], [False, False]]
