@@ -43,7 +43,7 @@ def layout(workdir: Path, asked: Mapping[str, Any]) -> DataConfig:
 
     written = workdir / "config.json"
     is_run = (workdir / "model").is_dir() and written.is_file()
-    data = read_data(written) if is_run else DataConfig(**base.get_config().data.to_dict())
+    data = read_data(written) if is_run else DataConfig(**base.get_config().to_dict()["data"])
     return dataclasses.replace(data, **{name: value for name, value in asked.items() if value is not None})
 
 
