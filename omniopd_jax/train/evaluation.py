@@ -34,7 +34,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, prompts: Sequence[Promp
         )
     prompts = prompts[: settings.problems]
     task = settings.task if settings.task != "auto" else ("world" if config.world.kind else "math")
-    judge = get_judge(task)
+    judge = get_judge(task, prompts)
 
     def run(model: Model) -> dict[str, float]:
         found = {}
