@@ -66,7 +66,7 @@ def with_kept_cache(teacher: TeacherConfig, workdir: str | None) -> TeacherConfi
 def first_alone(anchors: Anchors) -> Anchors:
     """The anchors of row 0: the teacher is asked about no other."""
     is_first_B = np.arange(anchors.is_valid_BxM.shape[0]) == 0
-    return anchors.replace(is_valid_BxM=anchors.is_valid_BxM & is_first_B[:, None])
+    return dataclasses.replace(anchors, is_valid_BxM=anchors.is_valid_BxM & is_first_B[:, None])
 
 
 def _show(config: Config, workdir: Path) -> None:
