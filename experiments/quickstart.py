@@ -139,13 +139,14 @@ def _print(workdir: Path, summary: dict) -> None:
     for title, figures, variety, *rest in rows:
         line = (title, cell(figures["greedy"]), cell(figures["temperature_1"]), f"{variety:.2f} of 3", *rest)
         print("{:<22}{:>13}{:>15}{:>11}{:>16}{:>9}{:>9}".format(*line))
+    here = workdir.relative_to(Path.cwd()) if workdir.is_relative_to(Path.cwd()) else workdir
     print(
         f"""
-student   {workdir / "recommended" / "model"}   (transformers opens it)
-report    {workdir / "recommended" / "report.html"}
-audits    {workdir / "recommended" / "audits.jsonl"}
-figures   {workdir / "result.json"}
-published {workdir / "published"}
+student   {here / "recommended" / "model"}   (transformers opens it)
+report    {here / "recommended" / "report.html"}
+audits    {here / "recommended" / "audits.jsonl"}
+figures   {here / "result.json"}
+published {here / "published"}
 
 {summary["total_seconds"]:.0f} seconds in all"""
     )
