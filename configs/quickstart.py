@@ -31,7 +31,7 @@ def get_config(setting: str = "recommended") -> ConfigDict:
     elif setting == "published":
         config.objective.update(arm="verify")
         config.audit.update(similarity="edit", positions="peak", max_fraction=1.0)
-        config.optimizer.learning_rate = 3e-5  # the best of 3e-5, 5e-5, 1e-4 and 2e-4; above it, accuracy falls
+        config.optimizer.learning_rate = 3e-5  # the best found; at 1e-4 accuracy falls (docs/quickstart.md)
     else:
         raise ValueError(f"{setting!r} is not a setting of the quickstart: expected one of {', '.join(SETTINGS)}.")
     return config

@@ -61,6 +61,11 @@ def test_make_targets_exist(path):
         assert target in targets
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_nothing_is_left_to_be_filled_in(path):
+    assert not re.findall(r"@[A-Z]+@", path.read_text(encoding="utf-8"))
+
+
 def test_the_first_command_stands_on_the_first_screen():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert any("make quickstart" in line for line in lines[:15])
