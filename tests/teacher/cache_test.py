@@ -145,9 +145,9 @@ def test_the_command_counts_exports_and_imports(tmp_path, capsys):
     cache = Cache(tmp_path / "a.sqlite")
     cache.put([row("a"), row("b", finish="refused")]).result()
     cache.close()
-    flags.FLAGS(["cache", f"--cache={tmp_path}/a.sqlite"])
+    flags.FLAGS.mark_as_parsed()  # other mains, imported by other tests, have required flags of their own
     lines = tmp_path / "lines.jsonl"
-    with flagsaver.flagsaver(export=str(lines)):
+    with flagsaver.flagsaver(cache=f"{tmp_path}/a.sqlite", export=str(lines)):
         command.main()
     assert len([json.loads(line) for line in lines.read_text().splitlines()]) == 2
     with flagsaver.flagsaver(**{"cache": f"{tmp_path}/b.sqlite", "import": str(lines)}):
