@@ -132,7 +132,8 @@ def test_micro_batches_do_not_change_loss_or_gradient(grads_of):
     split, split_terms = grads_of(tree, 4)
     assert_close(split, whole, 1e-6)
     for name in whole_terms:
-        np.testing.assert_allclose(split_terms[name], whole_terms[name], rtol=1e-6)
+        # A KL is a difference of large terms; in another order of float32 sums jax 0.12 gives 1.5e-6, 0.10 under 1e-6.
+        np.testing.assert_allclose(split_terms[name], whole_terms[name], rtol=4e-6)
     assert split_terms["anchor/tokens"] == whole_terms["anchor/tokens"]
 
 
