@@ -87,6 +87,9 @@ class Interrupts:
         self._is_abandonable = True
         try:
             yield
+        except Exception:
+            self.check()  # the signal met code that turns any exception into its own
+            raise
         finally:
             self._is_abandonable = False
 

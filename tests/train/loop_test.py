@@ -16,7 +16,7 @@ from omniopd_jax.teacher.protocol import BudgetExhausted, Continuation
 from omniopd_jax.teacher.scripted import ScriptedTeacher, scripted_teacher
 from omniopd_jax.train import loop
 from omniopd_jax.train.metrics import meaning, read_lines
-from omniopd_jax.train.stops import CheckpointError, Interrupted, NotFinite, WorkdirError
+from omniopd_jax.train.stops import CheckpointError, Interrupted, Interrupts, NotFinite, WorkdirError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,17 @@ def test_three_steps_and_a_resume_are_six_steps_bitwise(whole, distil, tmp_path)
     for name in ("metrics.jsonl", "audits.jsonl", "rollouts.jsonl"):
         assert without_times(read_lines(tmp_path / name)) == without_times(read_lines(workdir / name)), name
     assert resumed.teacher == uninterrupted.teacher
+
+
+def test_a_signal_inside_code_that_wraps_exceptions_is_still_a_signal():
+    def template():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("the template refuses") from error
+
+    with Interrupts().installed() as interrupts, pytest.raises(Interrupted), interrupts.abandonable():
+        template()
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_run_goes_on_from_there(whole, distil, tmp_path):
