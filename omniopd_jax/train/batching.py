@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from omniopd_jax.data.prompts import bucket_width
 from omniopd_jax.train.sharding import batch_sharding
 from omniopd_jax.types import PyTree, TokenTree
 
@@ -33,14 +34,6 @@ def micro_batches(tree: TokenTree, count: int) -> TokenTree:
     return jax.tree.map(lambda array: array.reshape(count, array.shape[0] // count, *array.shape[1:]), tree)
 
 
-def bucket(size: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that holds `size`: few shapes, hence few compilations."""
-    width = 1
-    while width < size:
-        width = width * 3 // 2 if width & (width - 1) == 0 and width > 1 else 1 << width.bit_length()
-    return width
-
-
 def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 8) -> TokenTree:
     """The same loss and gradients from fewer tokens. Host arrays.
 
@@ -61,7 +54,7 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
     source, slots = _layout(count_B, has_weight_BxT.any(axis=1), width)
 
     end = max(int(np.max(np.flatnonzero(has_weight_BxT.any(axis=0)), initial=-1)) + 1, branches["start"].max(initial=0))
-    end = min(max(bucket(int(end)), smallest_trunk), tree.tokens_BxT.shape[1])
+    end = min(max(bucket_width(int(end), smallest=1), smallest_trunk), tree.tokens_BxT.shape[1])
     first_copy = np.zeros(rows, bool)
     first_copy[np.unique(source, return_index=True)[1]] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from omniopd_jax.config import Config, ConfigError
+from omniopd_jax.config import Config, ConfigError, DataConfig
 from omniopd_jax.data import Tokenizer, read_prompts
 from omniopd_jax.eval.evaluate import evaluate, get_judge
 from omniopd_jax.models import Model
@@ -13,6 +13,17 @@ from omniopd_jax.types import Prompt
 Evaluator = Callable[[Model], dict[str, float]]  # names as in metrics.jsonl: "eval/greedy_accuracy", …
 
 MODES = {"greedy": 0.0, "temperature_1": 1.0}
+
+
+def rows_of(path: str, data: DataConfig) -> list[Prompt]:
+    """The prompts of a file of rows, read as `data.*` says: the same for training and for held-out rows."""
+    return read_prompts(
+        path,
+        data.prompt_field,
+        data.answer_field,
+        system_prompt=data.system_prompt,
+        is_raw=not data.use_chat_template,
+    )
 
 
 def make_evaluator(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | None = None) -> Evaluator:
@@ -25,13 +36,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, prompts: Sequence[Promp
     if prompts is None:
         if not data.eval:
             raise ConfigError("config.eval.every is set, but config.data.eval names no file of held-out rows.")
-        prompts = read_prompts(
-            data.eval,
-            data.prompt_field,
-            data.answer_field,
-            system_prompt=data.system_prompt,
-            is_raw=not data.use_chat_template,
-        )
+        prompts = rows_of(data.eval, data)
     prompts = prompts[: settings.problems]
     task = settings.task if settings.task != "auto" else ("world" if config.world.kind else "math")
     judge = get_judge(task, prompts)

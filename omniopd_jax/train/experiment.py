@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from omniopd_jax import models, prng
 from omniopd_jax.config import Config, ConfigError
-from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer, read_prompts
+from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer
 from omniopd_jax.data.preflight import Side, preflight, raise_errors, table
 from omniopd_jax.models import Model
 from omniopd_jax.models.decoder import Remat
@@ -27,7 +27,7 @@ from omniopd_jax.teacher.verify import Similarity, VerifySettings
 from omniopd_jax.train import checkpoint, sharding
 from omniopd_jax.train.compilation import set_up_cache
 from omniopd_jax.train.credit import puts_weight_on_trunk
-from omniopd_jax.train.evaluation import Evaluator, make_evaluator
+from omniopd_jax.train.evaluation import Evaluator, make_evaluator, rows_of
 from omniopd_jax.train.metrics import RunLog
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from omniopd_jax.train.score import Student, make_student
@@ -207,13 +207,7 @@ def _stream(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | No
     if prompts is None:
         if not data.train:
             raise ConfigError("config.data.train is empty: it names the jsonl or parquet file of prompts.")
-        prompts = read_prompts(
-            data.train,
-            data.prompt_field,
-            data.answer_field,
-            system_prompt=data.system_prompt,
-            is_raw=not data.use_chat_template,
-        )
+        prompts = rows_of(data.train, data)
     stream = PromptStream(
         prompts,
         tokenizer,

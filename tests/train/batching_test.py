@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from omniopd_jax.data.prompts import bucket_width
 from omniopd_jax.train import batching
 from omniopd_jax.types import TokenTree
 
@@ -99,7 +100,7 @@ def test_a_tree_without_any_weight_packs():
 
 
 def test_buckets_are_few_and_wide_enough():
-    sizes = [batching.bucket(size) for size in range(1, 2000)]
+    sizes = [bucket_width(size, smallest=1) for size in range(1, 2000)]
     assert all(size >= wanted for wanted, size in enumerate(sizes, start=1))
     assert len(set(sizes)) <= 22
     assert max(size / wanted for wanted, size in enumerate(sizes, start=1)) <= 1.5
