@@ -151,7 +151,8 @@ def get_config() -> ConfigDict:
                 learning_rate=3e-3,
             ),
             logging=dict(
-                tensorboard=False,  # event files in WORKDIR/tensorboard (needs tensorboardX or TensorFlow)
+                tensorboard=False,  # event files in WORKDIR/tensorboard (needs clu and TensorFlow, or tensorboardX)
+                wandb="",  # project at Weights & Biases, "PROJECT" or "TEAM/PROJECT"; "": none; WANDB_API_KEY holds the key
             ),
         )
     )

@@ -185,6 +185,7 @@ class WorldConfig:
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     tensorboard: bool
+    wandb: str
 
 
 @dataclasses.dataclass(frozen=True)
