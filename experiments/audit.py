@@ -71,7 +71,8 @@ def first_alone(anchors: Anchors) -> Anchors:
 
 def _show(config: Config, workdir: Path) -> None:
     from omniopd_jax.train.experiment import prepare
-    from omniopd_jax.train.loop import Clock, observe
+    from omniopd_jax.train.loop import Clock
+    from omniopd_jax.train.observation import observe
     from omniopd_jax.train.stops import Interrupts
     from omniopd_jax.types import Message, Prompt
 

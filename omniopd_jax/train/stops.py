@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+
+import numpy as np
 
 from omniopd_jax.config import ConfigError
 
@@ -100,3 +102,12 @@ class Interrupts:
         self._received = number
         if self._is_abandonable:
             raise Interrupted(number)
+
+
+def check_finite(step: int, terms: Mapping[str, np.ndarray], *, is_finite: bool = True) -> None:
+    """Raises NotFinite, naming the first of `terms` that holds NaN or inf."""
+    for name, value in terms.items():
+        if not np.isfinite(value).all():
+            raise NotFinite(step, name)
+    if not is_finite:
+        raise NotFinite(step, "the loss")

@@ -14,7 +14,7 @@ from omniopd_jax import models
 from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.protocol import BudgetExhausted, Continuation
 from omniopd_jax.teacher.scripted import ScriptedTeacher, scripted_teacher
-from omniopd_jax.train import loop
+from omniopd_jax.train import loop, observation
 from omniopd_jax.train.metrics import meaning, read_lines
 from omniopd_jax.train.stops import CheckpointError, Interrupted, Interrupts, NotFinite, WorkdirError
 
@@ -248,7 +248,7 @@ def test_numbers_that_are_not_finite_stop_the_run_at_the_step_before(distil, mod
 
 def test_a_step_that_is_not_finite_is_withheld(distil, whole, monkeypatch, tmp_path):
     """The third step's weights overflow: the run stops there, and goes on from the second when they no longer do."""
-    give_credit, calls = loop.give_credit, []
+    give_credit, calls = observation.give_credit, []
 
     def overflowing(*args):
         credit = give_credit(*args)
@@ -256,7 +256,7 @@ def test_a_step_that_is_not_finite_is_withheld(distil, whole, monkeypatch, tmp_p
         factor = np.float32(np.inf if len(calls) == 3 else 1)
         return credit._replace(tree=credit.tree.replace(weight_BxT=credit.tree.weight_BxT * factor))
 
-    monkeypatch.setattr(loop, "give_credit", overflowing)
+    monkeypatch.setattr(observation, "give_credit", overflowing)
     with np.errstate(invalid="ignore"), pytest.raises(NotFinite) as stopped:
         distil(tmp_path)
     assert (stopped.value.step, stopped.value.term) == (3, "loss/trunk")
