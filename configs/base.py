@@ -132,15 +132,18 @@ def get_config() -> ConfigDict:
                 task="auto",  # how answers are judged: auto (the world's own) | math | world
             ),
             world=dict(
-                kind="",  # "": none; "arithmetic": fills student.path, teacher.path, data.train, data.eval left empty
+                kind="",  # "": none; arithmetic | rewriting: fill the paths of models and data that are left empty
                 path="",  # where it is built; "": WORKDIR/world
                 seed=0,
-                digits=3,
+                size=3,  # digits a number (arithmetic) or letters a word (rewriting)
                 train_problems=20000,
+                validation_problems=0,  # for choices that must not see the held-out problems; validation.jsonl
                 eval_problems=1000,
                 phrasings=3,  # ways of wording one step
-                forget_carry=0.6,  # student's texts: probability that a carry is forgotten
-                slip=0.05,  # student's texts: probability that a digit is off by one
+                misconception=0.6,  # student's texts: probability of a forgotten carry, or of a pair taken as sorted
+                slip=0.05,  # student's texts: probability that a digit or letter is off by one
+                teacher_misconception=0.0,  # the same in the teacher's texts: > 0 makes a teacher that is wrong
+                teacher_tokenizer="words",  # words (the student's) | characters: then text alone is shared
                 teacher_width=96,
                 teacher_layers=3,
                 teacher_steps=700,

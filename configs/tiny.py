@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.world.update(
         kind="arithmetic",
-        digits=1,
+        size=1,
         train_problems=60,
         eval_problems=40,
         teacher_width=32,

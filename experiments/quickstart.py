@@ -98,7 +98,7 @@ def _measure(config: Config, folder: Path, name: str, bar: command.Bar) -> tuple
     from omniopd_jax.eval.evaluate import evaluate, get_judge
     from omniopd_jax.models import load_model
     from omniopd_jax.train.evaluation import MODES
-    from omniopd_jax.worlds import arithmetic
+    from omniopd_jax.worlds import arithmetic, wording
 
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prompts = read_prompts(Path(config.world.path) / "eval.jsonl")[: config.eval.problems]
@@ -117,7 +117,7 @@ def _measure(config: Config, folder: Path, name: str, bar: command.Bar) -> tuple
         )
         found[mode] = result
     summary = {mode: result.summary() for mode, result in found.items()}
-    return summary, arithmetic.phrasing_variety(found["temperature_1"].responses)
+    return summary, wording.phrasing_variety(found["temperature_1"].responses, arithmetic.MARKS)
 
 
 def _print(workdir: Path, summary: dict) -> None:

@@ -166,12 +166,15 @@ class WorldConfig:
     kind: str
     path: str
     seed: int
-    digits: int
+    size: int
     train_problems: int
+    validation_problems: int
     eval_problems: int
     phrasings: int
-    forget_carry: float
+    misconception: float
     slip: float
+    teacher_misconception: float
+    teacher_tokenizer: str
     teacher_width: int
     teacher_layers: int
     teacher_steps: int
@@ -293,7 +296,8 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "train.remat": ("none", "full", "dots"),
     "eval.task": ("auto", "math", "world"),
-    "world.kind": ("", "arithmetic"),
+    "world.kind": ("", "arithmetic", "rewriting"),
+    "world.teacher_tokenizer": ("words", "characters"),
 }
 _SIMILARITY = re.compile(r"(edit|edit_words|exact|rouge1|rouge_l|embedding)(\^(?=.*[1-9])\d*\.?\d+)?")
 _POSITIVE = (
@@ -320,7 +324,7 @@ _POSITIVE = (
     "train.checkpoint_keep",
     "eval.problems",
     "eval.batch_size",
-    "world.digits",
+    "world.size",
     "world.train_problems",
     "world.eval_problems",
     "world.phrasings",
@@ -360,8 +364,10 @@ _NOT_NEGATIVE = (
     "eval.every",
     "eval.max_new_tokens",
     "world.seed",
-    "world.forget_carry",
+    "world.validation_problems",
+    "world.misconception",
     "world.slip",
+    "world.teacher_misconception",
 )
 _LARGEST_SEED = 2**32 - 1  # what a random key of jax tells apart
 _AT_MOST = {
@@ -372,12 +378,15 @@ _AT_MOST = {
     "objective.repulsion": 1,
     "train.seed": _LARGEST_SEED,
     "world.seed": _LARGEST_SEED,
-    "world.digits": 9,  # a problem and its solution fit the models' 512 positions
-    "world.phrasings": 3,  # as many as worlds.arithmetic has
-    "world.forget_carry": 1,
+    "world.size": 9,  # a problem and its solution fit the models' 512 positions
+    "world.phrasings": 3,  # as many as each world has
+    "world.misconception": 1,
+    "world.teacher_misconception": 1,
     "world.slip": 1,
 }
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+# Problems of a size that a world has: as its `num_problems` says, which lies further downstream.
+_NUM_PROBLEMS = {"arithmetic": lambda size: 10 ** (2 * size), "rewriting": lambda size: 7**size}
 _WIDTH_STEP = 8  # the small world's models have 4 heads, whose width rope needs to be even
 
 
@@ -443,9 +452,11 @@ def _check_world(world: WorldConfig) -> None:
     for name in ("teacher_width", "student_width"):
         if getattr(world, name) % _WIDTH_STEP:
             raise ConfigError(f"config.world.{name} must be a multiple of {_WIDTH_STEP}, got {getattr(world, name)}.")
-    asked, there_are = world.train_problems + world.eval_problems, 10 ** (2 * world.digits)
+    asked = world.train_problems + world.validation_problems + world.eval_problems
+    there_are = _NUM_PROBLEMS[world.kind or "arithmetic"](world.size)
     if asked > there_are:
         raise ConfigError(
-            f"config.world.train_problems={world.train_problems} and config.world.eval_problems={world.eval_problems} "
-            f"are {asked} in all, but of config.world.digits={world.digits} there are {there_are} problems."
+            f"config.world.train_problems={world.train_problems}, config.world.validation_problems="
+            f"{world.validation_problems} and config.world.eval_problems={world.eval_problems} are {asked} in all, but "
+            f"of config.world.size={world.size} there are {there_are} problems."
         )

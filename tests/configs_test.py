@@ -15,7 +15,7 @@ from omniopd_jax import config as config_lib
 from omniopd_jax.config import ConfigError
 from omniopd_jax.train import small_world
 from omniopd_jax.train.sharding import MESH_AXES
-from omniopd_jax.worlds import arithmetic
+from omniopd_jax.worlds import WORLDS, get_world
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")]
@@ -102,21 +102,29 @@ def test_every_number_has_a_bound():
 
 
 def test_the_world_has_as_many_phrasings_as_the_config_allows():
-    assert config_lib._AT_MOST["world.phrasings"] == len(arithmetic.PHRASINGS)
+    for world in WORLDS.values():
+        assert config_lib._AT_MOST["world.phrasings"] == len(world.MARKS)
 
 
 def test_the_widest_problem_fits_the_worlds_models():
-    digits = config_lib._AT_MOST["world.digits"]
-    largest = int("9" * digits)
-    problem = arithmetic.Problem(largest, largest, digits)
-    texts = [arithmetic.solution(problem, np.random.default_rng(seed)) for seed in range(20)]
-    longest = max(len(text.split()) for text in texts)
-    assert len(problem.question.split()) + longest + 1 <= small_world.model_config(64, 1).max_positions
+    size = config_lib._AT_MOST["world.size"]
+    for kind, world in WORLDS.items():
+        [problem] = world.problems(np.random.default_rng(0), 1, size)
+        texts = [world.solution(problem, np.random.default_rng(seed), phrasings=3) for seed in range(20)]
+        longest = max(map(len, texts))  # in characters: one of the tokenizers has one token each
+        model = small_world.model_config(64, 1, vocab_size=len(world.vocabulary()))
+        assert len(problem.question) + longest + 4 <= model.max_positions, kind
+
+
+def test_there_are_as_many_problems_as_the_config_counts():
+    for kind, count in config_lib._NUM_PROBLEMS.items():
+        assert [count(size) for size in (1, 2, 5)] == [get_world(kind).num_problems(size) for size in (1, 2, 5)]
+    assert {"", *WORLDS} == set(config_lib._CHOICES["world.kind"])
 
 
 @pytest.mark.parametrize("width", range(8, 104, 8))
 def test_every_width_that_the_config_allows_makes_a_model(width):
-    assert small_world.model_config(width, 1).head_dim == width // 4
+    assert small_world.model_config(width, 1, vocab_size=32).head_dim == width // 4
 
 
 def test_the_data_section_of_a_work_directory(tmp_path):
@@ -154,7 +162,7 @@ def test_the_data_section_of_a_work_directory(tmp_path):
         ({"world.student_steps": 0}, "config.world.student_steps must be greater than 0, got 0."),
         ({"world.student_width": 36}, "config.world.student_width must be a multiple of 8, got 36."),
         ({"world.teacher_width": 34}, "config.world.teacher_width must be a multiple of 8, got 34."),
-        ({"world.digits": 1, "world.train_problems": 90, "world.eval_problems": 11}, "101 in all, but of"),
+        ({"world.size": 1, "world.train_problems": 90, "world.eval_problems": 11}, "101 in all, but of"),
         ({"audit.chunk_tokens": 300}, "config.audit.chunk_tokens=300 never fits"),
         ({"objective.arm": "branch", "objective.num_branches": 1}, "at least 2"),
         ({"lora.targets": "("}, "not a regular expression"),

@@ -157,7 +157,7 @@ def folders(tmp_path_factory):
     for name, width in (("student", 32), ("teacher", 64)):
         save_byte_level(root / name)
         tokenizer = load_tokenizer(root / name)
-        values = json.loads(small_world.model_config(width, 2).source) | dict(
+        values = json.loads(small_world.model_config(width, 2, vocab_size=tokenizer.vocab_size).source) | dict(
             vocab_size=tokenizer.vocab_size + 24, eos_token_id=tokenizer.stop_tokens[0], pad_token_id=tokenizer.pad_id,
             max_position_embeddings=2048,
         )  # fmt: skip

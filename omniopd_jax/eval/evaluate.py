@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def get_judge(task: str, prompts: Sequence[Prompt] = ()) -> Judge:
-    """`math`: marked final answers (eval.math). `world`: the arithmetic world's own form.
+    """`math`: marked final answers (eval.math). `world`: the small worlds' own form.
 
     Args:
       task: one of them.
@@ -55,9 +55,9 @@ def get_judge(task: str, prompts: Sequence[Prompt] = ()) -> Judge:
       InputError: an unknown task, or reference answers that cannot be judged here.
     """
     if task == "world":
-        from omniopd_jax.worlds import arithmetic
+        from omniopd_jax.worlds import answers
 
-        return arithmetic.is_correct
+        return answers.is_correct
     if task == "math":
         from omniopd_jax.eval import math
 

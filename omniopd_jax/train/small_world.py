@@ -1,7 +1,7 @@
 """Builds a small world in a folder: data, and a teacher and a student trained from scratch on its texts.
 
-FOLDER/train.jsonl  eval.jsonl     rows that data.prompts reads
-FOLDER/teacher/  student/          Hugging Face layout (Qwen3), with the world's tokenizer
+FOLDER/train.jsonl  eval.jsonl     rows that data.prompts reads; validation.jsonl where it was asked for
+FOLDER/teacher/  student/          Hugging Face layout (Qwen3), with a tokenizer of the world
 FOLDER/world.json                  the settings; written last, so its presence says that the rest is complete
 """
 
@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from omniopd_jax.config import Config, WorldConfig
 from omniopd_jax.data import load_tokenizer
 from omniopd_jax.train import supervised
 from omniopd_jax.types import InputError
-from omniopd_jax.worlds import arithmetic
+from omniopd_jax.worlds import World, get_world, rows, tokenizers
 
 _LOG = logging.getLogger(__name__)
 _HEADS = 4
@@ -68,34 +69,39 @@ def build_world(settings: WorldConfig, folder: Path, progress: Progress | None =
         return
     _LOG.info("Building the %s world in %s.", settings.kind, folder)
     rng = np.random.default_rng(settings.seed)
-    held_out = arithmetic.problems(rng, settings.eval_problems, settings.digits)
-    train = arithmetic.problems(rng, settings.train_problems, settings.digits, exclude=held_out)
+    world = get_world(settings.kind)
+    held_out = world.problems(rng, settings.eval_problems, settings.size)
+    train = world.problems(rng, settings.train_problems, settings.size, exclude=held_out)
+    splits = {"train": train, "eval": held_out}
+    if settings.validation_problems:
+        own_rng = np.random.default_rng([settings.seed, 1])  # the other draws are the same with and without it
+        splits["validation"] = world.problems(
+            own_rng, settings.validation_problems, settings.size, exclude=[*held_out, *train]
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, problems in (("train", train), ("eval", held_out)):
-        rows = "".join(json.dumps(row) + "\n" for row in arithmetic.rows(problems, name))
-        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
-    mistakes = dict(forget_carry=settings.forget_carry, slip=settings.slip)
+    for name, problems in splits.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows(problems, name))
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     _train_model(
-        settings, folder / "teacher", train, rng,
+        settings, world, folder / "teacher", train, rng, tokenizer_kind=settings.teacher_tokenizer,
         width=settings.teacher_width, layers=settings.teacher_layers, steps=settings.teacher_steps,
-        mistakes={}, progress=progress,
+        mistakes=dict(misconception=settings.teacher_misconception), progress=progress,
     )  # fmt: skip
     _train_model(
-        settings, folder / "student", train, rng,
+        settings, world, folder / "student", train, rng, tokenizer_kind="words",
         width=settings.student_width, layers=settings.student_layers, steps=settings.student_steps,
-        mistakes=mistakes, progress=progress,
+        mistakes=dict(misconception=settings.misconception, slip=settings.slip), progress=progress,
     )  # fmt: skip
     marker.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def model_config(width: int, layers: int) -> models.DecoderConfig:
-    """A Qwen3 of the world's vocabulary."""
-    words = arithmetic.vocabulary()
+def model_config(width: int, layers: int, *, vocab_size: int) -> models.DecoderConfig:
+    """A Qwen3 with the special tokens of `worlds.tokenizers`."""
     return models.decoder_config(
         dict(
             architectures=["Qwen3ForCausalLM"],
             model_type="qwen3",
-            vocab_size=len(words),
+            vocab_size=vocab_size,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=_HEADS,
@@ -107,18 +113,20 @@ def model_config(width: int, layers: int) -> models.DecoderConfig:
             rope_theta=10_000.0,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            eos_token_id=words.index(arithmetic.STOP),
-            pad_token_id=words.index(arithmetic.PAD),
+            eos_token_id=tokenizers.SPECIAL.index(tokenizers.STOP),
+            pad_token_id=tokenizers.SPECIAL.index(tokenizers.PAD),
         )
     )
 
 
 def _train_model(
     settings: WorldConfig,
+    world: World,
     folder: Path,
-    problems: list[arithmetic.Problem],
+    problems: list[Any],
     rng: np.random.Generator,
     *,
+    tokenizer_kind: str,
     width: int,
     layers: int,
     steps: int,
@@ -126,15 +134,16 @@ def _train_model(
     progress: Progress | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    arithmetic.save_tokenizer(str(folder))
+    world.save_tokenizer(str(folder), tokenizer_kind)
     tokenizer = load_tokenizer(folder)
     # Every text is used once: a problem comes up again in other words, with other mistakes.
     count = max(steps * settings.batch_size, settings.batch_size)
     chosen = [problems[i % len(problems)] for i in range(count)]
-    answers = [arithmetic.solution(p, rng, phrasings=settings.phrasings, **mistakes) for p in chosen]
+    answers = [world.solution(p, rng, phrasings=settings.phrasings, **mistakes) for p in chosen]
     name = folder.name
+    decoder = model_config(width, layers, vocab_size=tokenizer.vocab_size)
     model = supervised.train_on_texts(
-        models.init_model(model_config(width, layers), prng.named_key(settings.seed, 0, name), jnp.float32),
+        models.init_model(decoder, prng.named_key(settings.seed, 0, name), jnp.float32),
         tokenizer,
         [problem.prompt(f"{name}-{i}") for i, problem in enumerate(chosen)],
         answers,

@@ -9,35 +9,26 @@ The phrasing of a step says nothing about whether it is right, so half of the hi
 and half are forks of reasoning. A text *with a misconception* forgets a carry with some probability (it writes 0 where
 a 1 came over) and goes on consistently from there; a *slip* writes a sum's last digit off by one.
 
-Everything is a function of a seed. The tokenizer is a real one (word level, saved as tokenizer.json).
+Everything is a function of a seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from omniopd_jax.types import Message, Prompt
+from omniopd_jax.worlds import tokenizers
 
 PHRASINGS = (
     "add {a} and {b} with {c} gives {tens} {ones} ;",
     "{a} plus {b} plus {c} makes {tens} {ones} ;",
     "column {a} {b} carry {c} sum {tens} {ones} ;",
 )
-# What tells a step's phrasing: the word before its result.
-_MARKS = ("gives", "makes", "sum")
-
-PAD, STOP, UNKNOWN = "<pad>", "<eos>", "<unk>"
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ message['content'] + ' = ' }}"
-    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
-    "{% endfor %}"
-)
+MARKS = ("gives", "makes", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +51,24 @@ class Problem:
         return Prompt(id=prompt_id, messages=(Message("user", self.question),), answer=self.answer)
 
 
-def problems(rng: np.random.Generator, count: int, digits: int, *, exclude: Iterable[Problem] = ()) -> list[Problem]:
-    """Distinct problems, none of them in `exclude`.
+def num_problems(size: int) -> int:
+    """How many additions of two numbers of `size` digits there are."""
+    return 10 ** (2 * size)
+
+
+def problems(rng: np.random.Generator, count: int, size: int, *, exclude: Iterable[Problem] = ()) -> list[Problem]:
+    """Distinct problems of `size` digits a number, none of them in `exclude`.
 
     Raises:
       ValueError: fewer problems than `count` exist.
     """
     seen = set(exclude)
-    if count > 10 ** (2 * digits) - len(seen):
-        raise ValueError(f"{count} problems of {digits} digits are not to be had: {10 ** (2 * digits)} exist.")
+    if count > num_problems(size) - len(seen):
+        raise ValueError(f"{count} problems of {size} digits are not to be had: {num_problems(size)} exist.")
     chosen: list[Problem] = []
     while len(chosen) < count:
-        for left, right in rng.integers(0, 10**digits, size=(count, 2)).tolist():
-            problem = Problem(left, right, digits)
+        for left, right in rng.integers(0, 10**size, size=(count, 2)).tolist():
+            problem = Problem(left, right, size)
             if problem not in seen and len(chosen) < count:
                 seen.add(problem)
                 chosen.append(problem)
@@ -84,7 +80,7 @@ def solution(
     rng: np.random.Generator,
     *,
     phrasings: int = len(PHRASINGS),
-    forget_carry: float = 0.0,
+    misconception: float = 0.0,
     slip: float = 0.0,
 ) -> str:
     """One written-out solution, without its stop token.
@@ -93,13 +89,13 @@ def solution(
       problem: what is added.
       rng: source of wording and mistakes.
       phrasings: how many of PHRASINGS are in use, 1 for a world without forks of wording.
-      forget_carry: probability that a carry of 1 is taken as 0.
+      misconception: probability that a carry of 1 is taken as 0.
       slip: probability that a column's last digit comes out off by one.
     """
     words, written, carry = [], [], 0
     for column in range(problem.digits):
         a, b = (number // 10**column % 10 for number in (problem.left, problem.right))
-        if carry and rng.random() < forget_carry:
+        if carry and rng.random() < misconception:
             carry = 0
         tens, ones = divmod(a + b + carry, 10)
         if rng.random() < slip:
@@ -107,62 +103,21 @@ def solution(
         words.append(PHRASINGS[rng.integers(phrasings)].format(a=a, b=b, c=carry, tens=tens, ones=ones))
         written.append(ones)
         carry = tens
-    if carry and rng.random() < forget_carry:
+    if carry and rng.random() < misconception:
         carry = 0
     digits = ([1] if carry else []) + written[::-1]
     return " ".join([*words, "answer", *map(str, digits)])
 
 
-def is_correct(response: str, answer: str) -> bool:
-    """Whether the digits after the last `answer` are the number; leading zeros do not matter."""
-    _, marker, tail = response.rpartition("answer")
-    match = re.fullmatch(r"\s*(\d(?: \d)*)\s*", tail)
-    return bool(marker) and match is not None and int(match[1].replace(" ", "")) == int(answer)
-
-
-def phrasing_counts(responses: Iterable[str]) -> np.ndarray:
-    """How often each phrasing was used, int64 [len(PHRASINGS)], over all steps of all responses."""
-    counts = Counter(word for response in responses for word in response.split())
-    return np.array([counts[mark] for mark in _MARKS], np.int64)
-
-
-def phrasing_variety(responses: Iterable[str]) -> float:
-    """The effective number of phrasings in use: exp of the entropy of their shares, 1 to len(PHRASINGS)."""
-    counts = phrasing_counts(responses)
-    shares = counts[counts > 0] / max(counts.sum(), 1)
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
-
-
 def vocabulary() -> list[str]:
     """Every word of the world, the special ones first."""
     words = {word for phrasing in PHRASINGS for word in re.sub(r"\{\w+\}", " ", phrasing).split()}
-    return [PAD, STOP, UNKNOWN, *"0123456789", "+", "=", "answer", *sorted(words)]
+    return [*tokenizers.SPECIAL, *"0123456789", "+", "=", "answer", *sorted(words)]
 
 
-def save_tokenizer(path: str) -> None:
-    """Writes the world's tokenizer in HF layout: tokenizer.json, tokenizer_config.json with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=STOP,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = _CHAT_TEMPLATE
-    fast.save_pretrained(path)
-
-
-def rows(selected: Sequence[Problem], prefix: str) -> list[dict[str, str]]:
-    """Data rows in the layout that `data.prompts` reads."""
-    return [
-        {"id": f"{prefix}-{i}", "prompt": problem.question, "answer": problem.answer}
-        for i, problem in enumerate(selected)
-    ]
+def save_tokenizer(path: str, kind: str = "words") -> None:
+    """Writes a tokenizer of the world to a folder; `kind` is one of `tokenizers.KINDS`."""
+    tokenizers.save_tokenizer(path, vocabulary(), kind)
 
 
 def _spaced(number: int, digits: int) -> str:

@@ -18,7 +18,9 @@ def setting(tmp_path_factory):
     arithmetic.save_tokenizer(str(folder))
     problems = arithmetic.problems(np.random.default_rng(0), 10, 1)
     prompts = [problem.prompt(str(i)) for i, problem in enumerate(problems)]
-    return models.init_model(model_config(32, 1), jax.random.key(0)), load_tokenizer(folder), prompts
+    tokenizer = load_tokenizer(folder)
+    config = model_config(32, 1, vocab_size=tokenizer.vocab_size)
+    return models.init_model(config, jax.random.key(0)), tokenizer, prompts
 
 
 def measure(setting, judge, **options):

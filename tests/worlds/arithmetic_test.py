@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
-from omniopd_jax.worlds import arithmetic
+from omniopd_jax.worlds import answers, arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def test_faultless_solutions_are_right_and_each_step_adds_up(problems):
     rng = np.random.default_rng(0)
     for problem in problems:
         text = arithmetic.solution(problem, rng)
-        assert arithmetic.is_correct(text, problem.answer)
+        assert answers.is_correct(text, problem.answer)
         for step in text.split(" ; ")[:-1]:
             a, b, c, tens, ones = (int(word) for word in step.split() if word.isdigit())
             assert a + b + c == 10 * tens + ones
@@ -33,7 +32,7 @@ def test_faultless_solutions_are_right_and_each_step_adds_up(problems):
 def test_a_forgotten_carry_is_the_only_mistake_without_slips(problems):
     rng = np.random.default_rng(0)
     for problem in problems[:500]:
-        text = arithmetic.solution(problem, rng, forget_carry=1.0)
+        text = arithmetic.solution(problem, rng, misconception=1.0)
         column_sums = [
             sum(int(number) // 10**i % 10 for number in (problem.left, problem.right)) for i in range(problem.digits)
         ]
@@ -44,7 +43,7 @@ def test_a_forgotten_carry_is_the_only_mistake_without_slips(problems):
 def test_mistakes_come_at_the_rate_asked_for(problems):
     rng = np.random.default_rng(0)
     right = np.mean(
-        [arithmetic.is_correct(arithmetic.solution(p, rng, forget_carry=0.6, slip=0.05), p.answer) for p in problems]
+        [answers.is_correct(arithmetic.solution(p, rng, misconception=0.6, slip=0.05), p.answer) for p in problems]
     )
     # by enumeration over the carry chain in float64: P(no slip)^3 · Σ P(carries) 0.4^carries
     probability = {0: 1.0}
@@ -57,43 +56,3 @@ def test_mistakes_come_at_the_rate_asked_for(problems):
         probability = following
     expected = 0.95**3 * sum(probability.values())
     assert abs(right - expected) < 4 * np.sqrt(expected * (1 - expected) / len(problems))
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "expected"),
-    [
-        ("answer 0 7 3", "73", True),
-        ("answer 1 2 ; answer 7 3", "73", True),
-        ("7 3", "73", False),
-        ("answer", "0", False),
-        ("answer 7 3 ;", "73", False),
-        ("answer 7 makes 3", "73", False),
-    ],
-)
-def test_answers(response, answer, expected):
-    assert arithmetic.is_correct(response, answer) is expected
-
-
-def test_variety_counts_phrasings(problems):
-    rng = np.random.default_rng(0)
-    varied = [arithmetic.solution(problem, rng) for problem in problems]
-    uniform = [arithmetic.solution(problem, rng, phrasings=1) for problem in problems]
-    assert arithmetic.phrasing_counts(varied).sum() == 3 * len(problems)
-    assert arithmetic.phrasing_variety(varied) == pytest.approx(3.0, abs=0.01)
-    assert arithmetic.phrasing_variety(uniform) == 1.0
-    assert arithmetic.phrasing_variety([]) == 0.0
-
-
-def test_the_tokenizer_is_a_real_one(tmp_path, problems):
-    arithmetic.save_tokenizer(str(tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == len(arithmetic.vocabulary())
-    rng = np.random.default_rng(0)
-    for problem in problems[:100]:
-        text = arithmetic.solution(problem, rng)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text
-    chat = [{"role": "user", "content": "1 + 2"}]
-    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert rendered == "1 + 2 = "
