@@ -44,7 +44,7 @@ def main() -> None:
         train=dataclasses.replace(config.train, seed=_ANSWER_SEED.value, micro_batch_size=0),
         mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1),
         eval=dataclasses.replace(config.eval, every=0),
-        logging=dataclasses.replace(config.logging, tensorboard=False),
+        logging=dataclasses.replace(config.logging, tensorboard=False, wandb=""),
     )
     config = dataclasses.replace(config, teacher=with_kept_cache(config.teacher, _WORKDIR.value))
     with tempfile.TemporaryDirectory() as folder:

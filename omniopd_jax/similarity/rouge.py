@@ -8,12 +8,13 @@ without spaces is a word of its own too.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+from omniopd_jax.quiet import tensorflow, without_banners
 
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Thai, kana, Han
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
@@ -64,14 +65,12 @@ def rouge_l(texts_a: Sequence[str], texts_b: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _tensorflow():
     """(tensorflow, tensorflow_text), quiet and off the accelerator: that belongs to jax."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import tensorflow as tf
-        import tensorflow_text as tf_text
+        tf = tensorflow()
+        with without_banners():
+            import tensorflow_text as tf_text
     except ImportError as error:
         raise ImportError(
             f"similarity 'rouge_l' needs tensorflow-text: pip install 'omniopd_jax[tf]' ({error})."
         ) from error
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
     return tf, tf_text

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from omniopd_jax import models, prng
-from omniopd_jax.config import Config, ConfigError
+from omniopd_jax.config import Config, ConfigError, to_dict
 from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer
 from omniopd_jax.data.preflight import Side, preflight, raise_errors, table
 from omniopd_jax.models import Model
@@ -157,7 +157,13 @@ def prepare(
             state, progress = found
             spent = Usage(**progress["spent"])
         # A run that has no finished step writes its first evaluation again, so line 0 is dropped as well.
-        log = RunLog(workdir, after_step=int(state.step) or -1, tensorboard=config.logging.tensorboard)
+        log = RunLog(
+            workdir,
+            after_step=int(state.step) or -1,
+            tensorboard=config.logging.tensorboard,
+            wandb=config.logging.wandb,
+            settings=to_dict(given),
+        )
         checkpoint.claim_workdir(workdir, given)
         frozen = without_trainable(student)
         step = make_step(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omniopd_jax.config import ConfigError
+from omniopd_jax.quiet import tensorflow, without_banners
 from omniopd_jax.types import InputError
 
 
@@ -69,10 +74,13 @@ REGISTRY: dict[str, Meaning] = {
     "teacher/dollars": Meaning("dollars", "cost"),
     "teacher/seconds": Meaning("seconds", "from the first request to the last answer"),
     "teacher/latency_seconds": Meaning("seconds", "mean of a request, from submission to its last sample"),
-    "teacher/total_tokens": Meaning("tokens", "teacher tokens written, the run so far"),
-    "teacher/total_prompt_tokens": Meaning("tokens", "teacher tokens read, the run so far"),
-    "teacher/total_calls": Meaning("calls", "calls of the teacher, the run so far"),
-    "teacher/total_dollars": Meaning("dollars", "cost of the teacher, the run so far"),
+    "teacher/used_calls": Meaning("calls", "calls behind the continuations, those answered from the cache included"),
+    "teacher/used_prompt_tokens": Meaning("tokens", "teacher tokens read for them, likewise"),
+    "teacher/used_completion_tokens": Meaning("tokens", "teacher tokens written for them, likewise"),
+    "teacher/total_tokens": Meaning("tokens", "sum of used_completion_tokens over the steps of the run so far"),
+    "teacher/total_prompt_tokens": Meaning("tokens", "sum of used_prompt_tokens over the steps of the run so far"),
+    "teacher/total_calls": Meaning("calls", "sum of used_calls over the steps of the run so far"),
+    "teacher/total_dollars": Meaning("dollars", "all that was paid in this work directory so far"),
     "time/sample_s": Meaning("seconds", "student's responses and the choice of chunks"),
     "time/score_s": Meaning("seconds", "the student's branches, absent without them"),
     "time/audit_s": Meaning("seconds", "teacher's continuations and their comparison"),
@@ -164,33 +172,139 @@ def _plain(value: Any) -> Any:
 
 
 class EventFile:
-    """TensorBoard events of the same numbers, through tensorboardX."""
+    """TensorBoard events of the same numbers: through clu where TensorFlow is installed, else through tensorboardX.
+
+    Opened at a step, it tells TensorBoard to forget what an earlier run wrote of the later ones.
+    """
 
     def __init__(self, folder: Path, *, after_step: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise InputError("config.logging.tensorboard=True needs tensorboardX: pip install tensorboardX.") from error
-        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+        """Raises ConfigError where neither is installed."""
+        first = max(after_step + 1, 0)
+        self._write, self._flush, self._close = _clu_writer(folder, first) or _tensorboardx_writer(folder, first)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, row["step"])
-        self._writer.flush()
+        self._write(row["step"], _scalars(row))
+        self._flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._close()
+
+
+_Writer = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None], Callable[[], None]]
+
+
+def _clu_writer(folder: Path, first_step: int) -> _Writer | None:
+    """(write, flush, close); None where clu, TensorFlow or TensorBoard is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("clu", "tensorflow", "tensorboard")):
+        return None
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    tf = tensorflow()
+    with without_banners():
+        from clu import metric_writers
+    folder.mkdir(parents=True, exist_ok=True)
+    # TensorFlow's writer has no word for "forget the steps from here on"; a file that sorts before its own says it.
+    start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+    name = folder / f"events.out.tfevents.{int(time.time()):010d}.{first_step:010d}.start"
+    with tf.io.TFRecordWriter(str(name)) as file:
+        file.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        file.write(start.SerializeToString())
+    with without_banners():
+        writer = metric_writers.SummaryWriter(str(folder))
+    return writer.write_scalars, writer.flush, writer.close
+
+
+def _tensorboardx_writer(folder: Path, first_step: int) -> _Writer:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("config.logging.tensorboard=True needs tensorboardX: pip install tensorboardX.") from error
+    writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return write, writer.flush, writer.close
+
+
+class Dashboard:
+    """The same numbers at Weights & Biases. The key comes from the environment (WANDB_API_KEY) and is never written.
+
+    A resumed run goes on with its page, whose id WORKDIR/wandb.json keeps with the last step sent: none is sent twice.
+    """
+
+    def __init__(self, workdir: Path, project: str, settings: Mapping[str, Any]):
+        """Raises ConfigError where wandb is not installed, does not know the key, or cannot be reached."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("config.logging.wandb needs wandb: pip install wandb.") from error
+        self._path = workdir / "wandb.json"
+        kept = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        self._id, self._last = kept.get("id") or secrets.token_hex(8), kept.get("last_step", -1)
+        team, _, name = project.rpartition("/")
+        try:
+            self._run = wandb.init(
+                project=name,
+                entity=team or None,
+                name=workdir.name,
+                id=self._id,
+                resume="allow",
+                dir=str(workdir),
+                config=dict(settings),
+                settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"config.logging.wandb={project!r}: {' '.join(str(error).split())} The key belongs in the environment "
+                "variable WANDB_API_KEY; WANDB_MODE=offline sends nothing."
+            ) from error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if row["step"] > self._last:
+            self._last = row["step"]
+            self._run.log(_scalars(row), step=self._last)
+            self._path.write_text(json.dumps({"id": self._id, "last_step": self._last}) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a row without its step."""
+    return {name: float(value) for name, value in row.items() if name != "step" and value is not None}
 
 
 class RunLog:
-    """metrics.jsonl, audits.jsonl, rollouts.jsonl and, where asked for, TensorBoard events of one work directory."""
+    """metrics.jsonl, audits.jsonl, rollouts.jsonl of one work directory and, where asked for, TensorBoard events and a
+    page at Weights & Biases."""
 
-    def __init__(self, workdir: Path, *, after_step: int, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        after_step: int,
+        tensorboard: bool = False,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Opens the logs for the steps that follow `after_step`.
+
+        Args:
+          tensorboard: events in WORKDIR/tensorboard.
+          wandb: project at Weights & Biases, "" for none.
+          settings: the run's config, for its page there.
+
+        Raises:
+          ConfigError: a library is not installed, or Weights & Biases refuses.
+          InputError: a log is damaged.
+        """
         self._metrics, self._audits, self._rollouts = (
             JsonLines(workdir / f"{name}.jsonl", after_step=after_step) for name in ("metrics", "audits", "rollouts")
         )
         self._events = EventFile(workdir / "tensorboard", after_step=after_step) if tensorboard else None
+        self._page = Dashboard(workdir, wandb, settings or {}) if wandb else None
 
     def write(
         self,
@@ -202,10 +316,11 @@ class RunLog:
         self._rollouts.write(rollouts)
         self._audits.write(audits)
         self._metrics.write([row])
-        if self._events is not None:
-            self._events.write(row)
+        for copy in (self._events, self._page):
+            if copy is not None:
+                copy.write(row)
 
     def close(self) -> None:
-        for file in (self._metrics, self._audits, self._rollouts, self._events):
+        for file in (self._metrics, self._audits, self._rollouts, self._events, self._page):
             if file is not None:
                 file.close()
