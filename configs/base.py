@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
                 dtype="same",  # dtype of the frozen copy of the student; "same": as it was loaded
             ),
             teacher=dict(
-                kind="local",  # local | openai | anthropic | gemini | scripted
+                kind="local",  # local | self (control: the initial student) | openai | anthropic | gemini | scripted
                 path="",  # local: folder in HF layout; openai: folder with its tokenizer, for mode completions
                 base_url="",  # openai: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1
                 model="",  # name asked for; the name answered must agree
@@ -83,18 +83,27 @@ def get_config() -> ConfigDict:
                 num_continuations=10,  # N [P]
                 similarity="edit",  # φ [P]; edit | edit_words | exact | rouge1 | rouge_l | embedding, "^p" for a power
                 embedding_model="",  # folder or hub name for similarity="embedding"
-                positions="peak",  # peak [P] | entropy_weighted | random
+                positions="peak",  # peak [P] | entropy_weighted | random | lowest (control)
                 max_fraction=0.5,  # largest share of a response that may be audited
+                control="none",  # none | constant | shuffled: scores made one number, or permuted across chunks
             ),
             objective=dict(
-                arm="verify",  # verify (OmniOPD) | branch (ours)
+                arm="verify",  # verify (OmniOPD) | branch | imitate | sft | opd | grpo | anchor | mixture: docs/arms.md
+                weights=dict(verify=0.0, branch=0.0, imitate=0.0, sft=0.0, opd=0.0, grpo=0.0),  # of arm="mixture"
                 prior_strength=1.0,  # α [R]
                 anchor_weight=0.1,  # β [P]
                 anchor_tokens="unaudited",  # unaudited [P] | all
-                normalise="token",  # token | sequence
+                anchor_estimator="exact",  # exact: KL(ref‖student) [P] | k3: GRPO's KL(student‖ref) of sampled tokens
+                normalise="token",  # token | sequence | response (mean of a response, then over responses; no chunks)
                 baseline="none",  # verify: none [P] | leave_one_out | teacher_agreement
                 num_branches=8,  # G, branch: student continuations a chunk
                 repulsion=0.0,  # branch: weight of the mean similarity to the other branches, 0 to 1
+                confidence_power=0.0,  # imitate, sft: each token also weighs π_θ(token) to this power; 1 is DFT
+                divergence="reverse_kl",  # opd: reverse_kl | forward_kl | jensen_shannon | sampled
+                divergence_beta=0.5,  # opd, jensen_shannon: β of GKD
+                top_k=0,  # opd: the teacher's k likeliest tokens and one bucket for the rest; 0: full vocabulary
+                clip=0.2,  # grpo: ε, the ratio is clipped to [1 − ε, 1 + ε]
+                scale_advantage=True,  # grpo: divide by the group's standard deviation; False is Dr. GRPO
             ),
             optimizer=dict(
                 learning_rate=1e-6,
@@ -111,6 +120,7 @@ def get_config() -> ConfigDict:
                 steps=100,
                 max_teacher_tokens=0,  # the run is done once the teacher has written so many; 0: `steps` decides
                 seed=0,
+                updates_per_batch=1,  # μ of GRPO: optimizer updates on one batch
                 micro_batch_size=0,  # responses a gradient accumulation step; 0: the whole batch
                 remat="none",  # none | full | dots: rematerialisation of the decoder's layers
                 block_tokens=512,  # tokens a block of the vocabulary scan

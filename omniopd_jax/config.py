@@ -104,18 +104,37 @@ class AuditConfig:
     embedding_model: str
     positions: str
     max_fraction: float
+    control: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    verify: float
+    branch: float
+    imitate: float
+    sft: float
+    opd: float
+    grpo: float
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     arm: str
+    weights: WeightsConfig
     prior_strength: float
     anchor_weight: float
     anchor_tokens: str
+    anchor_estimator: str
     normalise: str
     baseline: str
     num_branches: int
     repulsion: float
+    confidence_power: float
+    divergence: str
+    divergence_beta: float
+    top_k: int
+    clip: float
+    scale_advantage: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +155,7 @@ class TrainConfig:
     steps: int
     max_teacher_tokens: int
     seed: int
+    updates_per_batch: int
     micro_batch_size: int
     remat: str
     block_tokens: int
@@ -286,12 +306,15 @@ _CHOICES = {
     "reference.dtype": ("same", *_DTYPES),
     "optimizer.state_dtype": _DTYPES,
     "lora.export": ("merged", "peft"),
-    "teacher.kind": ("local", "openai", "anthropic", "gemini", "scripted"),
+    "teacher.kind": ("local", "self", "openai", "anthropic", "gemini", "scripted"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),
-    "audit.positions": ("peak", "entropy_weighted", "random"),
-    "objective.arm": ("verify", "branch"),
+    "audit.positions": ("peak", "entropy_weighted", "random", "lowest"),
+    "audit.control": ("none", "constant", "shuffled"),
+    "objective.arm": ("verify", "branch", "imitate", "sft", "opd", "grpo", "anchor", "mixture"),
     "objective.anchor_tokens": ("unaudited", "all"),
-    "objective.normalise": ("token", "sequence"),
+    "objective.anchor_estimator": ("exact", "k3"),
+    "objective.normalise": ("token", "sequence", "response"),
+    "objective.divergence": ("reverse_kl", "forward_kl", "jensen_shannon", "sampled"),
     "objective.baseline": ("none", "leave_one_out", "teacher_agreement"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "train.remat": ("none", "full", "dots"),
@@ -317,6 +340,9 @@ _POSITIVE = (
     "audit.num_continuations",
     "audit.max_fraction",
     "objective.num_branches",
+    "objective.divergence_beta",
+    "objective.clip",
+    "train.updates_per_batch",
     "optimizer.learning_rate",
     "optimizer.eps",
     "train.steps",
@@ -350,6 +376,8 @@ _NOT_NEGATIVE = (
     "objective.prior_strength",
     "objective.anchor_weight",
     "objective.repulsion",
+    "objective.confidence_power",
+    "objective.top_k",
     "optimizer.warmup_steps",
     "optimizer.b1",
     "optimizer.b2",
@@ -384,7 +412,7 @@ _AT_MOST = {
     "world.teacher_misconception": 1,
     "world.slip": 1,
 }
-_BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+_BELOW_ONE = ("optimizer.b1", "optimizer.b2", "objective.divergence_beta", "objective.clip")
 # Problems of a size that a world has: as its `num_problems` says, which lies further downstream.
 _NUM_PROBLEMS = {"arithmetic": lambda size: 10 ** (2 * size), "rewriting": lambda size: 7**size}
 _WIDTH_STEP = 8  # the small world's models have 4 heads, whose width rope needs to be even
@@ -429,14 +457,14 @@ def validate(config: Config) -> None:
             f"config.rollout.batch_size={rollout.batch_size} must be a multiple of "
             f"config.train.micro_batch_size={train.micro_batch_size}."
         )
-    if audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:
+    has_chunks = bool({"verify", "branch", "imitate"} & set(mixed_arms(config.objective)))
+    if has_chunks and audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:
         raise ConfigError(
             f"config.audit.chunk_tokens={audit.chunk_tokens} never fits: a response has at most "
             f"config.rollout.max_new_tokens={rollout.max_new_tokens} tokens, of which "
             f"config.audit.max_fraction={audit.max_fraction} may be audited."
         )
-    if config.objective.arm == "branch" and config.objective.num_branches < 2:
-        raise ConfigError("config.objective.num_branches must be at least 2: a branch is compared with the others.")
+    _check_arms(config)
     if not _SIMILARITY.fullmatch(audit.similarity):
         raise ConfigError(
             f"config.audit.similarity={audit.similarity!r} must be {_SIMILARITY.pattern.split(')')[0].strip('(')}, "
@@ -446,6 +474,57 @@ def validate(config: Config) -> None:
         re.compile(config.lora.targets)
     except re.error as error:
         raise ConfigError(f"config.lora.targets is not a regular expression: {error}.") from error
+
+
+def mixed_arms(objective: ObjectiveConfig) -> dict[str, float]:
+    """The arms that are trained and the weight of each: the one of `objective.arm`, or those of a mixture."""
+    if objective.arm != "mixture":
+        return {objective.arm: 1.0}
+    return {name: weight for name, weight in dataclasses.asdict(objective.weights).items() if weight > 0}
+
+
+def _check_arms(config: Config) -> None:
+    objective, rollout = config.objective, config.rollout
+    for name, weight in dataclasses.asdict(objective.weights).items():
+        if not weight >= 0:
+            raise ConfigError(f"config.objective.weights.{name} must not be negative, got {weight}.")
+    arms = mixed_arms(objective)
+    if not arms:
+        raise ConfigError("config.objective.arm='mixture' needs a weight above 0 in config.objective.weights.")
+    if "branch" in arms and objective.num_branches < 2:
+        raise ConfigError("config.objective.num_branches must be at least 2: a branch is compared with the others.")
+    if "grpo" in arms and rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"config.rollout.samples_per_prompt={rollout.samples_per_prompt} must be at least 2: arm 'grpo' compares "
+            "the responses of one prompt with each other."
+        )
+    if "opd" in arms and config.teacher.kind not in ("local", "self"):
+        raise ConfigError(
+            f"config.teacher.kind={config.teacher.kind!r} shows no logits: arm 'opd' needs a local teacher with the "
+            "student's vocabulary (teacher.kind='local' and teacher.path)."
+        )
+    if "opd" in arms and objective.divergence == "sampled" and objective.top_k:
+        raise ConfigError(
+            "config.objective.top_k must be 0 with objective.divergence='sampled', which reads one token."
+        )
+    chunked = [name for name in arms if name in ("verify", "branch", "imitate")]
+    if objective.normalise == "response" and chunked:
+        raise ConfigError(
+            f"config.objective.normalise='response' does not fit arm {chunked[0]!r}, whose unit is the chunk: choose "
+            "'token' or 'sequence'."
+        )
+    if config.audit.control != "none" and not {"verify", "branch"} & set(arms):
+        raise ConfigError(
+            f"config.audit.control={config.audit.control!r} replaces scores, which arm {objective.arm!r} does not use: "
+            "choose arm 'verify' or 'branch'."
+        )
+    unclipped = [name for name in arms if name in ("verify", "branch")]
+    unclipped += ["opd"] if "opd" in arms and objective.divergence == "sampled" else []
+    if config.train.updates_per_batch > 1 and unclipped:
+        raise ConfigError(
+            f"config.train.updates_per_batch={config.train.updates_per_batch} must be 1 with arm {unclipped[0]!r}: its "
+            "weights hold for the student that sampled the batch, and no ratio corrects them."
+        )
 
 
 def _check_world(world: WorldConfig) -> None:
