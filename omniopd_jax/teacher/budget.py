@@ -115,6 +115,11 @@ class Budget:
         self.spent = _sum_ledger(ledger) if ledger is not None and ledger.exists() else Usage()
         self._file = None
 
+    @property
+    def in_flight(self) -> int:
+        """Calls admitted and not yet settled."""
+        return self._in_flight.calls
+
     async def reserve(self, prompt_tokens: float, completion_tokens: float) -> Usage:
         """Admits one call of `prompt_tokens` (an estimate) and at most `completion_tokens`.
 

@@ -27,6 +27,7 @@ from omniopd_jax.teacher.limits import Gate, RateLimit
 from omniopd_jax.teacher.modes import align, begun_text
 from omniopd_jax.teacher.probe import PROBE_TOKENS, Finding, find_manner
 from omniopd_jax.teacher.protocol import (
+    Activity,
     BudgetExhausted,
     Continuation,
     ContinuationRequest,
@@ -91,6 +92,8 @@ class ApiTeacher:
         self._last_success = 0.0  # time.monotonic()
         self._last_failure = ""
         self._characters_seen = self._tokens_seen = 0
+        self._num_failed = 0  # attempts
+        self._step: _Step | None = None  # the one that is running
         self._gate = Gate(config.max_concurrency)
         self._requests = RateLimit(config.requests_per_minute)
         self._tokens = RateLimit(config.tokens_per_minute)
@@ -130,6 +133,18 @@ class ApiTeacher:
         if self._finding is None:
             self.probe()
         return self._run(self._continue(requests))
+
+    @property
+    def activity(self) -> Activity:
+        """What is going on now; to be asked from any thread."""
+        jobs = list(self._step.jobs.values()) if self._step is not None else []
+        return Activity(
+            wanted=sum(len(job.keys) for job in jobs),
+            arrived=sum(len(job.rows) for job in jobs),
+            in_flight=self._budget.in_flight,
+            failed=self._num_failed,
+            spent=self._budget.spent,
+        )
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -198,7 +213,7 @@ class ApiTeacher:
 
     async def _continue(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
         assert self._finding is not None
-        step = _Step(self._finding, time.monotonic())
+        self._step = step = _Step(self._finding, time.monotonic())
         jobs = [step.job(request, self._dialect, self.name) for request in requests]
         await self._fill_from_cache(step)
         if self._config.replay_only:
@@ -210,6 +225,7 @@ class ApiTeacher:
         for job in jobs:
             results.append(job.result(step.finding.manner.mode, is_repeat=job.keys[-1] in seen))
             seen.add(job.keys[-1])
+        self._step = None
         return results
 
     async def _fill_from_cache(self, step: _Step) -> None:
@@ -350,6 +366,7 @@ class ApiTeacher:
                 cost = self._budget.settle(
                     reserved, status=failure.reason, is_assumed=failure.is_charged, latency_s=time.monotonic() - start
                 )
+                self._num_failed += 1
                 self._last_failure = self._redact(str(failure))
                 if job is not None:
                     job.usage += dataclasses.replace(cost, prompt_tokens=0, completion_tokens=0)

@@ -62,6 +62,17 @@ class ContinuationResult:
     latency_s: float = 0.0  # from submission to the last sample
 
 
+@dataclasses.dataclass(frozen=True)
+class Activity:
+    """What a teacher behind an API is doing at this moment; a teacher may show it as its attribute `activity`."""
+
+    wanted: int = 0  # continuations of the step that is running
+    arrived: int = 0  # of them
+    in_flight: int = 0  # calls sent and not yet answered
+    failed: int = 0  # attempts of this process that failed
+    spent: Usage = Usage()  # of the whole run, earlier parts included
+
+
 class TeacherStopped(RuntimeError):
     """The run cannot go on with this teacher; the loop saves a checkpoint and ends with `exit_code`."""
 

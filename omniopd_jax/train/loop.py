@@ -21,13 +21,12 @@ from omniopd_jax.train.compilation import CompileCounter
 from omniopd_jax.train.evaluation import Evaluator
 from omniopd_jax.train.experiment import Experiment, export, prepare
 from omniopd_jax.train.observation import observe, rollout_lines, step_metrics
+from omniopd_jax.train.progress import Progress, Watch
 from omniopd_jax.train.step import TERMS
 from omniopd_jax.train.stops import CheckpointError, Interrupts, RunStopped, check_finite
 from omniopd_jax.types import Prompt
 
 _LOG = logging.getLogger(__name__)
-
-Progress = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,8 @@ def run(
 
     Args:
       config, workdir, student, tokenizer, teacher, prompts, evaluator: see `experiment.prepare`.
-      progress: called after each step with the number of finished steps and the step's metrics.
+      progress: called after each step with the number of finished steps and the step's metrics; a `Watch` is also
+        told of the phases of a step.
 
     Raises:
       InputError: before any compute, in one sentence.
@@ -88,7 +88,10 @@ def run(
         prompts=prompts,
         evaluator=evaluator,
     )
-    clock, counter = Clock(), CompileCounter()
+    watch = progress if isinstance(progress, Watch) else None
+    clock, counter = Clock(watch.phase if watch else None), CompileCounter()
+    if watch is not None:
+        watch.begin(experiment.teacher, experiment.num_finished)
     metrics: dict[str, float] = {}
     try:
         with Interrupts().installed() as interrupts, _saved_when_stopped(experiment):
@@ -166,16 +169,22 @@ def one_step(
 class Clock:
     """Seconds by phase: of the step that is running, and of the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[str, bool], None] | None = None) -> None:
+        """`listener` is told of each phase that begins (True) and ends (False)."""
+        self._listener = listener
         self.total: dict[str, float] = {}
         self._step: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self._listener is not None:
+            self._listener(name, True)
         began = time.perf_counter()
         try:
             yield
         finally:
+            if self._listener is not None:
+                self._listener(name, False)
             seconds = time.perf_counter() - began
             self._step[name] = self._step.get(name, 0.0) + seconds
             self.total[name] = self.total.get(name, 0.0) + seconds
