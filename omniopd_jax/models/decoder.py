@@ -19,6 +19,7 @@ from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, 
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
+from omniopd_jax.models.layout import Layout, by_sequence, gathered_layer
 from omniopd_jax.models.parameters import initial_params, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
@@ -42,6 +43,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     compute_dtype: Any = jnp.float32
     adapter_scale: float = 1.0  # alpha / rank of the adapters
+    layout: Layout | None = None  # of the activations on a mesh; None: the compiler's choice
 
     @nn.compact
     def __call__(
@@ -65,7 +67,7 @@ class Decoder(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax annotates an int
             length=c.num_layers,
         )
-        x, kept = scanned(c, self.adapter_scale, name="layers")(x, traits, ropes, context)
+        x, kept = scanned(c, self.adapter_scale, self.layout, name="layers")(x, traits, ropes, context)
         return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x), kept
 
 
@@ -82,7 +84,7 @@ def embed(module: Decoder, embedding_VxD: Array, tokens: Array) -> Array:
     x = jnp.take(embedding_VxD, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(module.compute_dtype)
     if module.config.embedding_scale != 1.0:
         x = x * jnp.asarray(module.config.embedding_scale, module.compute_dtype)
-    return x
+    return by_sequence(module.layout, x)
 
 
 def init_model(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, *, compute_dtype: Any = None) -> Model:
@@ -103,6 +105,11 @@ def logical_axes(model: Model) -> PyTree:
     The names are those of `parameters.AXES`. To jax.tree functions pass `is_leaf=lambda x: isinstance(x, tuple)`.
     """
     return nest({row.path: row.axes for row in parameter_table(model.config)})
+
+
+def _layer_axes(config: DecoderConfig) -> dict[tuple[str, ...], object]:
+    """Path inside one layer → logical names of its axes."""
+    return {row.path[1:]: row.axes[1:] for row in parameter_table(config) if row.path[0] == "layers"}
 
 
 def is_windowed(config: DecoderConfig) -> bool:
@@ -164,7 +171,8 @@ def for_decoding(model: Model) -> Model:
     """The same model with its layers' weights apart and in the compute dtype: what a decoding loop wants.
 
     To be called once, outside the loop: otherwise each step slices (and casts) every stacked weight again, which on a
-    CPU costs as much as the step itself. Only `decode` and `decode_branches` take such a model.
+    CPU costs as much as the step itself, and under FSDP gathers it again. Only `decode` and `decode_branches` take
+    such a model.
     """
 
     def convert(path: Any, leaf: Array) -> Array:
@@ -177,7 +185,10 @@ def for_decoding(model: Model) -> Model:
 
     if isinstance(model.params["layers"], tuple):
         return model
-    params = dict(model.params, layers=apart(model.params["layers"]))
+    layout, axes = model.module.layout, nest(_layer_axes(model.config))
+    params = dict(
+        model.params, layers=tuple(gathered_layer(layout, layer, axes) for layer in apart(model.params["layers"]))
+    )
     adapters = None if model.adapters is None else dict(model.adapters, layers=apart(model.adapters["layers"]))
     return dataclasses.replace(model, params=params, adapters=adapters)
 
@@ -188,7 +199,7 @@ def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any)
     config, module, params = model.config, model.module, model.params
     x = embed(module, params["embedding"], tokens_BxN)
     ropes = tuple(rotation(rope, config.head_dim, position_BxN) for rope in config.ropes)
-    layer_module = Layer(config, module.adapter_scale)
+    layer_module = Layer(config, module.adapter_scale, module.layout)
     kept = []
     for layer in range(config.num_layers):
         variables = {"params": params["layers"][layer]}
@@ -321,7 +332,9 @@ def decode_branches(model: Model, token_BxR: Array, cache: BranchCache) -> tuple
 def unembedding(model: Model) -> Array:
     """The output head DxV in the compute dtype; the embedding's transpose where the two are tied."""
     kernel = model.params["embedding"].T if model.config.is_tied else model.params["lm_head"]
-    return kernel.astype(model.module.compute_dtype)
+    kernel = kernel.astype(model.module.compute_dtype)
+    layout = model.module.layout
+    return kernel if layout is None else layout.gathered(kernel, ("embed", "vocab"))
 
 
 def logits(model: Model, tokens_BxS: Array, mask_BxS: Array) -> Array:

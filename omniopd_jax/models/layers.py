@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from omniopd_jax.models.families import DecoderConfig
+from omniopd_jax.models.layout import Layout, by_sequence
 from omniopd_jax.models.rope import rotate
 from omniopd_jax.types import Array
 
@@ -151,6 +152,7 @@ class Layer(nn.Module):
 
     config: DecoderConfig
     adapter_scale: float
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -164,11 +166,11 @@ class Layer(nn.Module):
         y = norm(name="attention_pre_norm")(x) if has_pre else x
         rope = _pick_rope(ropes, traits.rope_index)
         y, kept = Attention(c, self.adapter_scale, name="attention")(y, rope, traits, context)
-        x = x + (norm(name="attention_post_norm")(y) if has_post else y)
+        x = by_sequence(self.layout, x + (norm(name="attention_post_norm")(y) if has_post else y))
 
         y = norm(name="mlp_pre_norm")(x) if has_pre else x
         y = mlp(c, self.adapter_scale, name="mlp")(y)
-        x = x + (norm(name="mlp_post_norm")(y) if has_post else y)
+        x = by_sequence(self.layout, x + (norm(name="mlp_post_norm")(y) if has_post else y))
         return x, kept
 
 
