@@ -7,10 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from omniopd_jax import prng
+from omniopd_jax import gathering, prng
 from omniopd_jax.data.prompts import bucket_width, pad_prompts
 from omniopd_jax.data.tokenizer import Tokenizer
 from omniopd_jax.models import Model
@@ -134,7 +133,7 @@ def evaluate(
             banned_tokens=tokenizer.banned_tokens(model.config.vocab_size),
             temperature=temperature,
         )
-        tokens_BxT, mask_BxT, is_finished_B = jax.device_get(
+        tokens_BxT, mask_BxT, is_finished_B = gathering.whole(
             (rollout.tokens_BxT, rollout.mask_BxT, rollout.is_finished_B)
         )
         real = range(len(part))

@@ -7,6 +7,7 @@ destination's place only when it is complete.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from omniopd_jax import gathering
 from omniopd_jax.models.decoder import Decoder, Model
 from omniopd_jax.models.families import DecoderConfig, ModelError, hf_config, read_config
 from omniopd_jax.models.folder import TOKENIZER_FILES, copy_files, replace_folder
@@ -61,7 +63,7 @@ def load_model(
     for parameter in table:
         sharding = leaf(shardings, parameter.path) if isinstance(shardings, Mapping) else shardings
         if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         leaves[parameter.path] = _place(parameter, checkpoint, dtype, sharding)
     _check_tied(folder, config, checkpoint)
     module = Decoder(config, jnp.dtype(compute_dtype or dtype))
@@ -209,45 +211,63 @@ def save_model(
       tokenizer: an object with `save_pretrained` (transformers); None: `source`'s tokenizer files are copied.
       source: the folder that the model came from, for its tokenizer and generation_config.json.
       max_shard_bytes: larger checkpoints are split, with an index.
+
+    A model whose arrays lie with several processes is written by process 0; all have to call this.
     """
     destination = Path(path)
+    table = parameter_table(model.config)
+    tensors = _host_tensors(model, table)
+    is_spread = gathering.is_spread((model.params, model.adapters))
+    if is_spread and jax.process_index() > 0:
+        for _ in tensors:  # each is put together by all processes
+            pass
+        return
 
     def write(folder: Path) -> None:
         dtype = str(jax.tree.leaves(model.params)[0].dtype)
         _write_json(folder / "config.json", hf_config(model.config, dtype))
-        _write_tensors(folder, model, max_shard_bytes)
+        _write_tensors(folder, model, table, tensors, max_shard_bytes)
         copied = _COPIED if tokenizer is not None else _COPIED + TOKENIZER_FILES
         if source is not None:
             copy_files(Path(source), folder, copied)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 
-    replace_folder(destination, write)
+    try:
+        replace_folder(destination, write)
+    finally:
+        for _ in tensors if is_spread else ():  # whatever failed here, the other processes go on to the last one
+            pass
 
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tensors(folder: Path, model: Model, max_shard_bytes: int) -> None:
+def _write_tensors(
+    folder: Path,
+    model: Model,
+    table: list[Parameter],
+    host_tensors: Iterator[tuple[str, np.ndarray]],
+    max_shard_bytes: int,
+) -> None:
     """Shards are filled in the table's order; one shard at a time is in host memory."""
-    table = parameter_table(model.config)
-    groups: list[list[tuple[Parameter, tuple[int, ...], str]]] = [[]]
+    groups: list[list[str]] = [[]]
     room = max_shard_bytes
     total = 0
-    for parameter, index, name in _tensors(table):
+    for parameter, _, name in _tensors(table):
         itemsize = leaf(model.params, parameter.path).dtype.itemsize
         size = int(np.prod(parameter.hf_shape)) * itemsize
         if size > room and groups[-1]:
             groups.append([])
             room = max_shard_bytes
-        groups[-1].append((parameter, index, name))
+        groups[-1].append(name)
         room -= size
         total += size
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: _host_tensor(model, parameter, index) for parameter, index, name in group}
+        tensors = dict(itertools.islice(host_tensors, len(group)))
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
@@ -260,5 +280,7 @@ def _tensors(table: list[Parameter]) -> Iterator[tuple[Parameter, tuple[int, ...
             yield parameter, index, name
 
 
-def _host_tensor(model: Model, parameter: Parameter, index: tuple[int, ...]) -> np.ndarray:
-    return parameter.to_hf(np.asarray(jax.device_get(merged(model, parameter, index))))
+def _host_tensors(model: Model, table: list[Parameter]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor), one after the other in the table's order."""
+    for parameter, index, name in _tensors(table):
+        yield name, parameter.to_hf(np.asarray(gathering.whole(merged(model, parameter, index))))

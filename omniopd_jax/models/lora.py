@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from omniopd_jax import gathering
 from omniopd_jax.models.decoder import Model
 from omniopd_jax.models.families import ModelError
 from omniopd_jax.models.folder import TOKENIZER_FILES, copy_files, replace_folder
@@ -106,6 +107,8 @@ def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str
       base: name or folder of the base model, recorded for peft.
       source: a folder whose tokenizer files are copied along.
 
+    Adapters that lie with several processes are written by process 0; all have to call this.
+
     Raises:
       ModelError: the model has no adapters.
     """
@@ -116,11 +119,13 @@ def save_adapters(path: str | Path, model: Model, *, base: str = "", source: str
     alpha = round(model.module.adapter_scale * rank, 6)
     tensors = {}
     for layer in layers:
-        a, b = (np.asarray(jax.device_get(leaf(model.adapters, (*layer.path[:-1], name)))) for name in "ab")
+        a, b = (np.asarray(gathering.whole(leaf(model.adapters, (*layer.path[:-1], name)))) for name in "ab")
         for (index,), name in layer.hf_names().items():
             prefix = "base_model.model." + name.removesuffix(".weight")
             tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[index].reshape(-1, rank).T)
             tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[index].reshape(rank, -1).T)
+    if gathering.is_spread(model.adapters) and jax.process_index() > 0:
+        return
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

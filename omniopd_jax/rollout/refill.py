@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from omniopd_jax import models
+from omniopd_jax import gathering, models
 from omniopd_jax.rollout import decoding, sampling
 from omniopd_jax.rollout.columns import replace_rows, widen
 from omniopd_jax.rollout.sampling import SamplingRule
@@ -51,7 +51,7 @@ def sample(
     num_prompts = tokens_WxP.shape[0]
     # Admitting a few at a time shares the prefill's cost; until then fewer slots than that stand idle.
     group = max(1, slots // 4)
-    state = _empty(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
+    state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
     waiting = 0  # the next prompt to be admitted
     is_active = np.zeros(slots, bool)
     while True:
@@ -59,11 +59,11 @@ def sample(
         while waiting < num_prompts and len(idle) >= group:
             rows = np.arange(waiting, waiting + group)
             row_F, slot_F = np.minimum(rows, num_prompts).astype(np.int32), idle[:group].astype(np.int32)
-            state = _admit(model, state, tokens_WxP, mask_WxP, keys_W, row_F, slot_F, rule=rule)
+            state = admit(model, state, tokens_WxP, mask_WxP, keys_W, row_F, slot_F, rule=rule)
             waiting, idle = waiting + group, idle[group:]
         is_waiting = waiting < num_prompts
-        state = _decode(model, state, keys_W, np.int32(slots - group if is_waiting else 0), rule=rule)
-        is_active = np.array(state.is_active_B)
+        state = decode_round(model, state, keys_W, np.int32(slots - group if is_waiting else 0), rule=rule)
+        is_active = np.array(gathering.whole(state.is_active_B))
         if not is_waiting and not is_active.any():
             break
     return Rollout(
@@ -78,7 +78,7 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "max_new_tokens"))
-def _empty(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens: int) -> Slots:
+def empty_slots(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens: int) -> Slots:
     """Slots that never had a prompt."""
     num_prompts, width = tokens_WxP.shape
     nothing = jnp.zeros((slots, 1), jnp.int32)
@@ -101,7 +101,7 @@ def _empty(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames="state")
-def _admit(
+def admit(
     model: models.Model,
     state: Slots,
     tokens_WxP: Array,
@@ -137,7 +137,7 @@ def _admit(
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames="state")
-def _decode(model: models.Model, state: Slots, keys_W: Array, num_left: Array, *, rule: SamplingRule) -> Slots:
+def decode_round(model: models.Model, state: Slots, keys_W: Array, num_left: Array, *, rule: SamplingRule) -> Slots:
     """Decodes until no more than `num_left` slots are active, or the longest response fits."""
     (num_prompts, limit), columns = state.tokens_WxT.shape, state.cache.mask_BxS.shape[1]
     stepper = models.for_decoding(model)

@@ -12,7 +12,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +133,11 @@ class ApiTeacher:
         if self._finding is None:
             self.probe()
         return self._run(self._continue(requests))
+
+    @property
+    def paid(self) -> Usage:
+        """All that this work directory has paid for, earlier runs included."""
+        return self._budget.spent
 
     @property
     def activity(self) -> Activity:
@@ -400,6 +405,7 @@ class ApiTeacher:
     async def _keep(self, step: _Step, job: _Job, wanted: list[int], reply: Reply, cost: Usage) -> list[int]:
         """Puts what arrived on disk, then into the job; returns the sample numbers still wanted."""
         got = list(zip(wanted, reply.samples, strict=False))
+        created = time.time()  # one for all samples of a call, by which they are known as such
         rows = {
             index: Row(
                 key=job.keys[index],
@@ -410,7 +416,7 @@ class ApiTeacher:
                 finish=sample.finish,
                 prompt_tokens=cost.prompt_tokens / len(got),
                 completion_tokens=cost.completion_tokens / len(got),
-                created=time.time(),
+                created=created,
             )
             for index, sample in got
         }
@@ -474,8 +480,19 @@ class _Job:
             num_cached=len(continuations) if is_repeat else min(self.num_cached, len(continuations)),
             model=next((row.model for row in self.rows.values()), ""),
             usage=Usage() if is_repeat else self.usage,
+            used=Usage() if is_repeat else _behind(self.rows.values()),
             latency_s=self.latency_s,
         )
+
+
+def _behind(rows: Iterable[Row]) -> Usage:
+    """What samples cost when they were paid for, now or by an earlier run."""
+    rows = list(rows)
+    return Usage(
+        prompt_tokens=round(sum(row.prompt_tokens for row in rows)),
+        completion_tokens=round(sum(row.completion_tokens for row in rows)),
+        calls=len({row.created for row in rows}),
+    )
 
 
 class _Step:

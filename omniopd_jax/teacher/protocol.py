@@ -59,6 +59,7 @@ class ContinuationResult:
     num_cached: int = 0  # of the continuations: answered from the cache
     model: str = ""  # as the teacher reported it
     usage: Usage = Usage()
+    used: Usage | None = None  # tokens and calls behind the continuations, whenever they were paid for; None: `usage`
     latency_s: float = 0.0  # from submission to the last sample
 
 
@@ -89,6 +90,7 @@ class Teacher(Protocol):
     """A teacher that is only text."""
 
     name: str  # for logs: kind and model
+    # A teacher that costs money also has `paid: Usage`, all that this work directory has paid, earlier runs included.
 
     def probe(self) -> str:
         """Proves at start-up that the teacher answers and samples; returns one printable paragraph.

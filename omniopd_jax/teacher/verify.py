@@ -399,6 +399,7 @@ def _metrics(
     requested = settings.num_continuations * len(chunks)
     continuations = [found for text in texts for found in text.continuations]
     usage = sum((result.usage for result in results), Usage())
+    used = sum((result.usage if result.used is None else result.used for result in results), Usage())
     metrics = {
         "audit/chunks": len(chunks),
         "teacher/requested": requested,
@@ -409,6 +410,9 @@ def _metrics(
         "teacher/completion_tokens": usage.completion_tokens,
         "teacher/tokens": usage.prompt_tokens + usage.completion_tokens,
         "teacher/dollars": usage.dollars,
+        "teacher/used_calls": used.calls,
+        "teacher/used_prompt_tokens": used.prompt_tokens,
+        "teacher/used_completion_tokens": used.completion_tokens,
     }
     if requested:
         metrics["teacher/missing_share"] = 1 - len(continuations) / requested

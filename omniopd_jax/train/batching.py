@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from omniopd_jax import gathering
 from omniopd_jax.data.prompts import bucket_width
 from omniopd_jax.train.sharding import batch_sharding
 from omniopd_jax.types import PyTree, TokenTree
@@ -19,14 +20,14 @@ _DUST = 1e-6
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Every array of a tree as numpy; waits for the devices."""
-    return jax.device_get(tree)
+    """Every array of a tree as numpy, whole on every process; waits for the devices (and for the other processes)."""
+    return gathering.whole(tree)
 
 
 def to_devices(tree: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
-    """Global arrays of this process's rows, B (`axis`) split over data × fsdp."""
+    """Global arrays, B (`axis`) split over data × fsdp. Every process gives all rows; only its devices' rows travel."""
     sharding = batch_sharding(mesh, axis=axis)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
+    return jax.tree.map(lambda array: gathering.spread(array, sharding), tree)
 
 
 def micro_batches(tree: TokenTree, count: int) -> TokenTree:

@@ -154,11 +154,13 @@ def one_step(
         updated = {name: float(value) + 0.0 for name, value in batching.to_host(on_devices).items()}
     check_finite(step, {name: np.asarray(updated[name]) for name in TERMS}, is_finite=bool(updated.pop("is_finite")))
 
-    experiment.spent += Usage(
-        prompt_tokens=int(seen.asked["teacher/prompt_tokens"]),
-        completion_tokens=int(seen.asked["teacher/completion_tokens"]),
-        calls=int(seen.asked["teacher/calls"]),
-        dollars=seen.asked["teacher/dollars"],
+    spent, asked = experiment.spent, seen.asked
+    experiment.spent = Usage(
+        prompt_tokens=spent.prompt_tokens + int(asked["teacher/used_prompt_tokens"]),
+        completion_tokens=spent.completion_tokens + int(asked["teacher/used_completion_tokens"]),
+        calls=spent.calls + int(asked["teacher/used_calls"]),
+        # A ledger knows what was paid for before a crash as well.
+        dollars=asked.get("teacher/total_dollars", spent.dollars + asked["teacher/dollars"]),
     )
     metrics = step_metrics(experiment, index, seen, packed, updated) | seen.asked
     if not config.train.audit_log_every or step % config.train.audit_log_every:

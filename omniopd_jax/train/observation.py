@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax.teacher.verify import verify
 from omniopd_jax.train import batching
+from omniopd_jax.train.audit import audit
 from omniopd_jax.train.credit import Credit, give_credit, mean_where
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts, check_finite
@@ -44,7 +44,6 @@ def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interr
         anchors_on_devices = student.choose(rollout_on_devices, index_B, at)
         rollout, anchors = batching.to_host((rollout_on_devices, anchors_on_devices))
     check_finite(step, {"rollout/entropy": rollout.entropy_BxT, "rollout/logprob": rollout.logprob_BxT})
-    interrupts.check()
 
     branches = None
     if config.objective.arm == "branch":
@@ -52,19 +51,8 @@ def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interr
             branches = batching.to_host(student.branch(model, rollout_on_devices, anchors_on_devices, index_B, at))
         check_finite(step, {"branch/logprob": branches.logprob_BxMxGxC})
 
-    with clock.phase("audit"), interrupts.abandonable():
-        verdicts, audits, asked = verify(
-            batch,
-            rollout,
-            anchors,
-            branches,
-            tokenizer=experiment.tokenizer,
-            teacher=experiment.teacher,
-            similarity=experiment.similarity,
-            settings=experiment.verify_settings,
-            seed=config.train.seed,
-            step=step,
-        )
+    with clock.phase("audit"):
+        verdicts, audits, asked = audit(experiment, batch, rollout, anchors, branches, step=step, interrupts=interrupts)
         credit = give_credit(config, rollout, anchors, verdicts, branches, _groups(batch))
     return Observation(batch, rollout, anchors, credit, _complete(audits, credit), asked)
 

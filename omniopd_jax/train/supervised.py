@@ -87,7 +87,7 @@ def train_on_texts(
     before, before_mask = _padded(tokenizer.encode_prompts(prompts, template_args, use_chat_template), left=True)
     after, after_mask = _padded([[*ids, stop] for ids in tokenizer.encode_batch(answers)], left=False)
 
-    devices = jax.devices()
+    devices = jax.local_devices()
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1), devices[: math.gcd(batch_size, len(devices))])
     transformation = make_optimizer(optimizer, steps)
     shardings = state_shardings(mesh, model, transformation)
