@@ -16,8 +16,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from omniopd_jax import gathering
 from omniopd_jax.config import Config, ConfigError, MeshConfig
 from omniopd_jax.models import DecoderConfig, Model, logical_axes
+from omniopd_jax.models.layout import BATCH, Layout
 from omniopd_jax.models.lora import adapter_axes
 from omniopd_jax.models.parameters import nest, parameter_table
 from omniopd_jax.types import PyTree
@@ -75,6 +77,17 @@ def check_fits(mesh: Mesh, config: Config, decoder: DecoderConfig) -> None:
             raise ConfigError(f"config.mesh.tensor={tensor} does not divide the model's {what}, {count}.")
 
 
+def activation_layout(mesh: Mesh) -> Layout:
+    """How a model's activations and gathered weights lie: `RULES`, and sequences over data × fsdp."""
+    rules = {name: (axis,) for name, axis in RULES.items() if axis}
+    return Layout(mesh, (*rules.items(), (BATCH, BATCH_AXES)))
+
+
+def laid_out(model: Model, mesh: Mesh) -> Model:
+    """The same arrays; what is computed with them lies on the mesh by sequences."""
+    return dataclasses.replace(model, module=model.module.clone(layout=activation_layout(mesh)))
+
+
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Arrays whose `axis` is B: split over data × fsdp."""
     return NamedSharding(mesh, Spec(*(None,) * axis, BATCH_AXES))
@@ -124,8 +137,14 @@ def config_shardings(mesh: Mesh, decoder: DecoderConfig) -> PyTree:
 
 def placed(model: Model, mesh: Mesh) -> Model:
     """The same arrays, on the mesh."""
-    model = dataclasses.replace(model, params=jax.device_put(model.params, model_shardings(mesh, model)))
+    params = spread_tree(model.params, model_shardings(mesh, model))
+    model = laid_out(dataclasses.replace(model, params=params), mesh)
     if model.adapters is None:
         return model
     shardings = axes_shardings(mesh, model.adapters, trainable_axes(model))
-    return dataclasses.replace(model, adapters=jax.device_put(model.adapters, shardings))
+    return dataclasses.replace(model, adapters=spread_tree(model.adapters, shardings))
+
+
+def spread_tree(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The same numbers where `shardings` says; a leaf that lies on this process alone is the same on all of them."""
+    return jax.tree.map(gathering.spread, tree, shardings)
