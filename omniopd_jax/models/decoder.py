@@ -19,7 +19,7 @@ from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, 
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
-from omniopd_jax.models.layout import Layout, by_sequence, gathered_layer
+from omniopd_jax.models.layout import Layout, by_key_head, by_sequence, gathered_layer
 from omniopd_jax.models.parameters import initial_params, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
@@ -156,9 +156,10 @@ def read(
     spare = cache_length - tokens_BxS.shape[1]
     if spare < 0:
         raise ValueError(f"cache_length={cache_length} is shorter than the {tokens_BxS.shape[1]} tokens read.")
+    layout = model.module.layout
     cache = KVCache(
-        k=tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, 0), (0, spare))) for layer in k),
-        v=tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, spare), (0, 0))) for layer in v),
+        k=tuple(by_key_head(layout, jnp.pad(layer, ((0, 0), (0, 0), (0, 0), (0, spare)))) for layer in k),
+        v=tuple(by_key_head(layout, jnp.pad(layer, ((0, 0), (0, 0), (0, spare), (0, 0)))) for layer in v),
         mask_BxS=jnp.pad(mask_BxS, ((0, 0), (0, spare))),
         position_BxS=jnp.pad(position_BxS, ((0, 0), (0, spare))),
         num_real_B=jnp.sum(mask_BxS, axis=1, dtype=jnp.int32),

@@ -55,6 +55,11 @@ def by_sequence(layout: Layout | None, array_BxN: Array) -> Array:
     return layout.constrain(array_BxN, (BATCH,) + (None,) * (array_BxN.ndim - 1))
 
 
+def by_key_head(layout: Layout | None, keys_BxKxnxm: Array) -> Array:
+    """Keys or values of one layer, split by sequences and by key/value heads."""
+    return keys_BxKxnxm if layout is None else layout.constrain(keys_BxKxnxm, (BATCH, "kv_heads", None, None))
+
+
 def gathered_layer(layout: Layout | None, layer: PyTree, axes: PyTree) -> PyTree:
     """One layer's parameters, gathered along the width; `axes` is the same tree of logical names."""
     if layout is None:

@@ -86,11 +86,11 @@ def sample(
     if 0 < slots < tokens_BxP.shape[0]:
         return refill.sample(model, tokens_BxP, mask_BxP, keys_B, slots=slots, max_new_tokens=max_new_tokens, rule=rule)
     width = tokens_BxP.shape[1]
-    state = _read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
-    for until in _segments(max_new_tokens):
+    state = read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
+    for until in segments(max_new_tokens):
         # The last token drawn is never read back, so it needs no column.
-        state = dataclasses.replace(state, cache=_widen(state.cache, columns=width + until - 1))
-        state = _decode(model, state, keys_B, until=until, rule=rule)
+        state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=width + until - 1))
+        state = decode_segment(model, state, keys_B, until=until, rule=rule)
         if until < max_new_tokens and not jnp.any(state.is_active_A):
             break
     return Rollout(
@@ -104,7 +104,7 @@ def sample(
     )
 
 
-def _segments(max_new_tokens: int) -> tuple[int, ...]:
+def segments(max_new_tokens: int) -> tuple[int, ...]:
     """Response lengths at which the cache grows: doubling, so that a short response never pays for the longest.
 
     A step attends to every column of the cache, written or not, and a long cache takes its memory from the start.
@@ -115,11 +115,11 @@ def _segments(max_new_tokens: int) -> tuple[int, ...]:
     return (*lengths[:-1], max_new_tokens)
 
 
-_widen = jax.jit(widen, static_argnames="columns")
+widen_cache = jax.jit(widen, static_argnames="columns")
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "rule"))
-def _read_prompts(
+def read_prompts(
     model: models.Model, tokens_BxP: Array, mask_BxP: Array, keys_B: Array, *, max_new_tokens: int, rule: SamplingRule
 ) -> DecodingState:
     """Reads the prompts and draws the first token of each response."""
@@ -131,7 +131,7 @@ def _read_prompts(
 
 
 @functools.partial(jax.jit, static_argnames=("until", "rule"), donate_argnames="state")
-def _decode(
+def decode_segment(
     model: models.Model, state: DecodingState, keys_B: Array, *, until: int, rule: SamplingRule
 ) -> DecodingState:
     """Decodes up to `until` tokens a response; the cache has room for them."""

@@ -132,10 +132,10 @@ def test_a_cache_that_grows_changes_nothing(model, rollout, monkeypatch):
 
 
 def test_the_cache_grows_by_doubling_to_the_limit():
-    assert sampler._segments(1) == (1,)
-    assert sampler._segments(256) == (256,)
-    assert sampler._segments(257) == (256, 257)
-    assert sampler._segments(2000) == (256, 512, 1024, 2000)
+    assert sampler.segments(1) == (1,)
+    assert sampler.segments(256) == (256,)
+    assert sampler.segments(257) == (256, 257)
+    assert sampler.segments(2000) == (256, 512, 1024, 2000)
 
 
 def test_seeds_reproduce_and_differ(model, rollout):
