@@ -173,12 +173,7 @@ def prepare(
             learning_rate_schedule(config.optimizer, config.train.steps),
             mesh,
             shardings,
-            StepOptions(
-                has_trunk=puts_weight_on_trunk(config),
-                has_anchor=config.objective.anchor_weight > 0,
-                remat=cast(Remat, config.train.remat),  # one of them: config.validate has seen to it
-                block_tokens=config.train.block_tokens,
-            ),
+            step_options(config),
         )
         return Experiment(
             config=config,
@@ -206,6 +201,16 @@ def prepare(
     except BaseException:
         teacher.close()
         raise
+
+
+def step_options(config: Config) -> StepOptions:
+    """What the config fixes of the compiled step."""
+    return StepOptions(
+        has_trunk=puts_weight_on_trunk(config),
+        has_anchor=config.objective.anchor_weight > 0,
+        remat=cast(Remat, config.train.remat),  # one of them: config.validate has seen to it
+        block_tokens=config.train.block_tokens,
+    )
 
 
 def _stream(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | None) -> PromptStream:
@@ -264,12 +269,13 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def _load_student(config: Config, decoder: models.DecoderConfig, mesh: Mesh) -> Model:
-    return models.load_model(
+    model = models.load_model(
         config.student.path,
         dtype=jnp.dtype(config.student.param_dtype),
         compute_dtype=compute_dtype(config.student.compute_dtype),
         shardings=sharding.config_shardings(mesh, decoder),
     )
+    return sharding.laid_out(model, mesh)
 
 
 def _reference(config: Config, student: Model) -> Model | None:
