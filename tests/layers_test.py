@@ -28,6 +28,9 @@ MAY_IMPORT = {
         "quiet", "gathering",
     },
     "report": set(),
+    "bench": {
+        "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",
+    },
 }  # fmt: skip
 LOCAL_TEACHER = {"models", "rollout"}  # teacher/local.py is a model of ours
 HEAVY = {"torch", "tensorflow", "tensorflow_text", "sentence_transformers", "openai", "anthropic", "google"}
