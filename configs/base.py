@@ -125,9 +125,15 @@ def get_config() -> ConfigDict:
                 remat="none",  # none | full | dots: rematerialisation of the decoder's layers
                 block_tokens=512,  # tokens a block of the vocabulary scan
                 checkpoint_every=20,  # steps; 0: only at the end
-                checkpoint_keep=2,
+                checkpoint_keep=2,  # the newest so many stay
+                checkpoint_keep_every=0,  # those of every so many steps stay as well; 0: none
+                checkpoint_best="",  # the one with the highest of this metric stays as well, e.g. eval/greedy_accuracy
                 audit_log_every=1,  # steps between lines in audits.jsonl and rollouts.jsonl; 0: none
                 compilation_cache="auto",  # folder of jax's persistent cache; "auto": the user's cache folder; "off"
+            ),
+            pipeline=dict(
+                micro_batches=1,  # parts of the batch: the next is sampled while the teacher works on one; 1: no overlap
+                staleness=0,  # 0: the student samples with the parameters that the step updates; no other value
             ),
             mesh=dict(
                 data=1,  # sizes of the mesh axes; one of them may be -1 (the rest of the devices)

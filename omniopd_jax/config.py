@@ -161,8 +161,16 @@ class TrainConfig:
     block_tokens: int
     checkpoint_every: int
     checkpoint_keep: int
+    checkpoint_keep_every: int
+    checkpoint_best: str
     audit_log_every: int
     compilation_cache: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    micro_batches: int
+    staleness: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +233,7 @@ class Config:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    pipeline: PipelineConfig
     mesh: MeshConfig
     eval: EvalConfig
     world: WorldConfig
@@ -348,6 +357,7 @@ _POSITIVE = (
     "train.steps",
     "train.block_tokens",
     "train.checkpoint_keep",
+    "pipeline.micro_batches",
     "eval.problems",
     "eval.batch_size",
     "world.size",
@@ -388,6 +398,8 @@ _NOT_NEGATIVE = (
     "train.seed",
     "train.micro_batch_size",
     "train.checkpoint_every",
+    "train.checkpoint_keep_every",
+    "pipeline.staleness",
     "train.audit_log_every",
     "eval.every",
     "eval.max_new_tokens",
@@ -456,6 +468,16 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"config.rollout.batch_size={rollout.batch_size} must be a multiple of "
             f"config.train.micro_batch_size={train.micro_batch_size}."
+        )
+    if rollout.batch_size % config.pipeline.micro_batches:
+        raise ConfigError(
+            f"config.rollout.batch_size={rollout.batch_size} must be a multiple of "
+            f"config.pipeline.micro_batches={config.pipeline.micro_batches}."
+        )
+    if train.checkpoint_best and not config.eval.every:
+        raise ConfigError(
+            f"config.train.checkpoint_best={train.checkpoint_best!r} needs config.eval.every: an evaluation tells which "
+            "checkpoint is the best."
         )
     has_chunks = bool({"verify", "branch", "imitate"} & set(mixed_arms(config.objective)))
     if has_chunks and audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:

@@ -166,6 +166,11 @@ def test_the_data_section_of_a_work_directory(tmp_path):
         ({"audit.chunk_tokens": 300}, "config.audit.chunk_tokens=300 never fits"),
         ({"objective.arm": "branch", "objective.num_branches": 1}, "at least 2"),
         ({"lora.targets": "("}, "not a regular expression"),
+        (
+            {"rollout.batch_size": 8, "pipeline.micro_batches": 3},
+            "must be a multiple of config.pipeline.micro_batches=3",
+        ),
+        ({"train.checkpoint_best": "eval/greedy_accuracy"}, "needs config.eval.every"),
     ],
 )
 def test_combinations_that_cannot_run(changes, message):

@@ -5,32 +5,37 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from omniopd_jax.config import Config, to_dict
+from omniopd_jax.train import distributed
 from omniopd_jax.train.stops import CheckpointError, WorkdirError
 from omniopd_jax.types import Array, PyTree, TrainState
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What a resumed run may set anew. Everything else decides the numbers and has to stay as it was.
 MAY_CHANGE = (
     "train.steps",  # with a constant schedule: the others are drawn over it
     "train.max_teacher_tokens",
     "train.checkpoint_every",
-    "train.checkpoint_keep",
+    "train.checkpoint_keep",  # and checkpoint_keep_every
+    "train.checkpoint_best",
     "train.audit_log_every",
     "train.compilation_cache",
     "eval.",
     "logging.",
     "mesh.",
+    "pipeline.micro_batches",
     "lora.export",
     "teacher.base_url",
     "teacher.api_key_env",
@@ -85,19 +90,46 @@ def fingerprint(tree: PyTree) -> Array:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory, one folder a step; the newest `keep` stay.
+    """The checkpoints of one work directory, one folder a step. Which stay: the newest, every so many steps, the best.
 
     Saving copies the state to the host and writes it in the background; an error of the disk is raised by the next
-    call. A folder gets its final name only when it is complete.
+    call. A folder gets its final name only when it is complete. Several processes write one checkpoint together, each
+    what lies on its devices, so the folder is one that all of them see.
     """
 
-    def __init__(self, folder: Path, config: Config, *, keep: int):
-        """Opens `folder` for a run of `config`."""
+    def __init__(self, folder: Path, config: Config, *, keep: int, keep_every: int = 0, keeps_best: bool = False):
+        """Opens `folder` for a run of `config`.
+
+        Args:
+          keep: how many of the newest stay.
+          keep_every: those of every so many steps stay as well; 0: none of them.
+          keeps_best: the one with the highest score stays as well.
+        """
         self._folder = folder
         self._config = config
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        policies = ocp.checkpoint_managers
+        stays = [policies.LatestN(keep)]
+        if keep_every:
+            stays.append(policies.EveryNSteps(keep_every))
+        if keeps_best:
+            best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+            stays.append(best)
+        several: dict[str, Any] = {}
+        if jax.process_count() > 1:
+            # With the processes named, orbax lets them meet at the coordinator, with a limit, and not in a collective.
+            everyone = set(range(jax.process_count()))
+            distributed.first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
+            several["create"] = False
+            several["multiprocessing_options"] = ocp.options.MultiprocessingOptions(active_processes=everyone)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(stays),
+            best_fn=_score if keeps_best else None,
+            cleanup_tmp_directories=True,
+            **several,
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._fingerprint = jax.jit(fingerprint)
+        self._best = max((self._stored_score(step) for step in self.steps()), default=-math.inf) if keeps_best else None
 
     def steps(self) -> list[int]:
         """Finished steps of the checkpoints found, ascending."""
@@ -109,12 +141,17 @@ class Checkpoints:
         steps = self.steps()
         return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
 
-    def save(self, state: TrainState, progress: Mapping[str, Any]) -> None:
+    def is_best(self, score: float | None) -> bool:
+        """Whether a score is above those of all checkpoints so far, where the best one is kept."""
+        return score is not None and self._best is not None and score > self._best
+
+    def save(self, state: TrainState, progress: Mapping[str, Any], *, score: float | None = None) -> None:
         """Starts to write the checkpoint of `state.step`, unless there is one.
 
         Args:
           state: what the step changes.
           progress: JSON-ready, what else the run has to remember (teacher tokens spent).
+          score: how good the state is, higher is better; None: not known.
 
         Raises:
           CheckpointError: this one or the one before it could not be written; the ones before are intact.
@@ -129,19 +166,15 @@ class Checkpoints:
             "shapes": _shapes(state),
             "fingerprint": int(self._fingerprint(state)),
         }
-        try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-            )
-        except Exception as error:
-            raise self._write_error(error) from error
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        metrics = {"score": score} if score is not None and self._best is not None else None
+        distributed.agree(lambda: self._written(lambda: self._manager.save(step, args=args, metrics=metrics)))
+        if self._best is not None and score is not None:
+            self._best = max(self._best, score)
 
     def wait(self) -> None:
         """Returns when the checkpoint being written is complete."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._write_error(error) from error
+        distributed.agree(lambda: self._written(self._manager.wait_until_finished))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, progress) of the newest intact checkpoint; None where there is none at all.
@@ -153,24 +186,18 @@ class Checkpoints:
           WorkdirError: the checkpoint is of another config, or of a model or optimizer of other shapes.
           CheckpointError: there are checkpoints and none can be read.
         """
-        steps = self.steps()[::-1]
+        steps = distributed.from_first(self.steps()[::-1])
         for step in steps:
-            try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-                described = {name: meta[name] for name in ("config", "shapes", "progress", "fingerprint")}
-            except Exception as error:  # whatever a torn file makes orbax raise
-                self._report_torn(step, error)
+            described = self._attempt(step, lambda step=step: self._described(step))
+            if described is None:
                 continue
             self._check_shapes(described["shapes"], like, step)
             check_same_config(described["config"], self._config, self._folder / str(step))
-            try:
-                state = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
-                )["state"]
-                if int(self._fingerprint(state)) != described["fingerprint"]:
-                    raise ValueError("its numbers are not those that were written")
-            except Exception as error:
-                self._report_torn(step, error)
+            state = self._attempt(step, lambda step=step: self._read(step, like))
+            if state is None:
+                continue
+            if int(self._fingerprint(state)) != described["fingerprint"]:
+                self._report_torn(step, "its numbers are not those that were written")
                 continue
             self._discard_after(step)
             return state, described["progress"]
@@ -181,17 +208,47 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last checkpoint and frees the threads."""
         try:
-            self.wait()
+            self._written(self._manager.wait_until_finished)  # not agreed on: others may be gone
         finally:
             self._manager.close()
+
+    def _written(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def _described(self, step: int) -> dict[str, Any]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return {name: meta[name] for name in ("config", "shapes", "progress", "fingerprint")}
+
+    def _read(self, step: int, like: TrainState) -> TrainState:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
+        return self._manager.restore(step, args=args)["state"]
+
+    def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
+        """What `read` finds; None, and a line in the log, where a process cannot read it."""
+        found, problem = None, None
+        try:
+            found = read()
+        except Exception as error:  # whatever a torn file makes orbax raise
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = next(filter(None, distributed.gather(problem)), None)
+        if problem is None:
+            return found
+        self._report_torn(step, problem)
+        return None
+
+    def _stored_score(self, step: int) -> float:
+        metrics = self._manager.metrics(step)
+        return -math.inf if metrics is None else _score(metrics)
 
     def _discard_after(self, step: int) -> None:
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
 
-    def _report_torn(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    def _report_torn(self, step: int, reason: str) -> None:
         _LOG.warning("The checkpoint of step %d in %s cannot be read (%s); trying the one before it.",
                      step, self._folder, reason[:200])  # fmt: skip
 
@@ -214,6 +271,10 @@ class Checkpoints:
                     f"{self._folder / str(step)} is a checkpoint of another model or optimizer: {name} is "
                     f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this run."
                 )
+
+
+def _score(metrics: Mapping[str, Any]) -> float:
+    return float(metrics["score"])
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
