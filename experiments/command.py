@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from experiments.screen import RunWatch, Screen
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
 
-Bar = Callable[[str, int, int], None]  # (name, done, total)
+Bar = Screen  # call it with (name, done, total)
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -48,62 +48,32 @@ def write_report(folder: Path) -> Path:
     return report.write_report(folder, defaults=base.get_config().to_dict())
 
 
-@contextlib.contextmanager
-def bars() -> Iterator[Bar]:
-    """Progress bars one after the other: call bar(name, done, total); a new name starts a new bar.
-
-    Where nothing can redraw (a log file) a line comes every few seconds instead.
-    """
-    from tqdm import tqdm
-
-    is_terminal = sys.stderr.isatty()
-    shown: dict[str, tqdm] = {}
-
-    def update(name: str, done: int, total: int) -> None:
-        if name not in shown:
-            for other in shown.values():
-                other.close()
-            shown.clear()
-            shown[name] = tqdm(
-                desc=f"{name:<22}", mininterval=0.2 if is_terminal else 15.0, ncols=100, ascii=not is_terminal
-            )
-        shown[name].total = total
-        shown[name].update(done - shown[name].n)
-
-    try:
-        yield update
-    finally:
-        for last in shown.values():
-            last.close()
+def bars() -> Screen:
+    """Progress bars one after the other: `with bars() as bar: bar(name, done, total)`; a new name starts a new bar."""
+    return Screen()
 
 
-def step_progress(bar: Bar, name: str, config: Config) -> Callable[[int, Mapping[str, float]], None]:
-    """The loop's progress as a bar: of steps, or of teacher tokens where those decide when the run ends."""
-    train = config.train
-
-    def update(step: int, metrics: Mapping[str, float]) -> None:
-        if train.max_teacher_tokens:
-            bar(name, min(int(metrics["teacher/total_tokens"]), train.max_teacher_tokens), train.max_teacher_tokens)
-        else:
-            bar(name, step, train.steps)
-
-    return update
+def step_progress(bar: Screen, name: str, config: Config) -> RunWatch:
+    """The loop's progress: a bar with the phases of the step below it."""
+    return RunWatch(bar, name, config)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a main. Errors that carry an exit code end the process with it and one sentence, without a traceback."""
-    # XLA and TensorFlow banners are noise to a reader of training logs.
+    # XLA's banners are noise to a reader of training logs.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
 def _guarded(main: Callable[[], None]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.get_absl_handler().python_handler.stream = _StandardError()
     # What this project has to say (the pre-flight, the teacher's probe) is for the user; other libraries stay quiet.
     ours = logging.getLogger("omniopd_jax")
     ours.setLevel(logging.INFO)
-    ours.addHandler(logging.StreamHandler())
+    ours.addHandler(logging.StreamHandler(_StandardError()))
     ours.propagate = False
     try:
         main()
@@ -116,6 +86,19 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+class _StandardError:
+    """sys.stderr as it is at the moment: a screen that redraws itself puts lines above its bars."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Left open: it is not ours."""
 
 
 def _parse(argv: list[str]) -> list[str]:

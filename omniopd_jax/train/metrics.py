@@ -197,17 +197,18 @@ def _clu_writer(folder: Path, first_step: int) -> _Writer | None:
     """(write, flush, close); None where clu, TensorFlow or TensorBoard is not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("clu", "tensorflow", "tensorboard")):
         return None
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
+    proto = importlib.import_module("tensorboard.compat.proto.event_pb2")  # its names come into being at run time
     tf = tensorflow()
     with without_banners():
         from clu import metric_writers
     folder.mkdir(parents=True, exist_ok=True)
     # TensorFlow's writer has no word for "forget the steps from here on"; a file that sorts before its own says it.
-    start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+    start = proto.Event(
+        wall_time=time.time(), step=first_step, session_log=proto.SessionLog(status=proto.SessionLog.START)
+    )
     name = folder / f"events.out.tfevents.{int(time.time()):010d}.{first_step:010d}.start"
     with tf.io.TFRecordWriter(str(name)) as file:
-        file.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        file.write(proto.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         file.write(start.SerializeToString())
     with without_banners():
         writer = metric_writers.SummaryWriter(str(folder))
