@@ -1,6 +1,6 @@
 """What every main shares: flags that fail in one sentence, and exit codes.
 
-0 done · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 130 Ctrl-C · 143 SIGTERM
+0 done · 1 out of memory · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 6 checkpoint · 130 Ctrl-C · 143 SIGTERM
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from ml_collections import config_flags
 from experiments.screen import RunWatch, Screen
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
+
+_OUT_OF_MEMORY = (
+    "Out of memory on the device: lower train.micro_batch_size (the responses of one pass of the update), rollout.slots "
+    "(those decoded at once) or eval.batch_size, set train.remat=full, or spread the model with mesh.fsdp."
+)
 
 Bar = Screen  # call it with (name, done, total)
 
@@ -79,6 +84,9 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except Exception as error:
         code = getattr(error, "exit_code", None)
+        if code is None and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"{_OUT_OF_MEMORY}\n\n{str(error)[:600]}", file=sys.stderr)
+            sys.exit(1)
         if code is None:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
