@@ -7,6 +7,7 @@ disk, is exchanged: every process comes to the exchange, whatever happened to it
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import importlib.util
 import itertools
@@ -14,6 +15,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from omniopd_jax.config import ConfigError
+from omniopd_jax.config import ConfigError, TeacherConfig
 from omniopd_jax.teacher.protocol import TeacherStopped
 from omniopd_jax.train.stops import CheckpointError, RunStopped
 
@@ -132,6 +134,31 @@ def share(count: int) -> range:
     """The rows of `count` that this process asks the teacher about: neighbours, as equally many as can be."""
     index, processes = jax.process_index(), jax.process_count()
     return range(index * count // processes, (index + 1) * count // processes)
+
+
+def own_folder(workdir: Path) -> Path:
+    """Where this process keeps its teacher's cache and ledger: databases do not live on file systems that hosts share.
+
+    Process 0 has the work directory itself; `teacher.cache_path` may name a place on a local disk.
+    """
+    return workdir if is_first() else workdir / f"process_{jax.process_index()}"
+
+
+def teacher_share(teacher: TeacherConfig) -> TeacherConfig:
+    """The settings of one process's teacher: caps and rates are of the whole run, so each process gets its share."""
+    processes = jax.process_count()
+
+    def part(total: int) -> int:
+        return max(1, total // processes) if total else 0  # 0 is no limit
+
+    return dataclasses.replace(
+        teacher,
+        max_dollars=teacher.max_dollars / processes,
+        max_calls=part(teacher.max_calls),
+        max_tokens=part(teacher.max_tokens),
+        requests_per_minute=part(teacher.requests_per_minute),
+        tokens_per_minute=part(teacher.tokens_per_minute),
+    )
 
 
 _meetings = itertools.count()

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ from omniopd_jax.similarity import get_similarity
 from omniopd_jax.teacher.factory import make_teacher
 from omniopd_jax.teacher.protocol import Teacher, Usage
 from omniopd_jax.teacher.verify import Similarity, VerifySettings
-from omniopd_jax.train import checkpoint, sharding
+from omniopd_jax.train import checkpoint, distributed, sharding
 from omniopd_jax.train.compilation import set_up_cache
 from omniopd_jax.train.credit import puts_weight_on_trunk
 from omniopd_jax.train.evaluation import Evaluator, make_evaluator, rows_of
 from omniopd_jax.train.metrics import RunLog
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.pipeline import check_staleness
 from omniopd_jax.train.score import Student, make_student
 from omniopd_jax.train.small_world import with_world
 from omniopd_jax.train.step import (
@@ -62,7 +63,7 @@ class Experiment:
     step: Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]
     evaluator: Evaluator | None
     checkpoints: checkpoint.Checkpoints
-    log: RunLog
+    log: RunLog | None  # process 0 writes it
     state: TrainState
     spent: Usage  # by the teacher, the run so far
 
@@ -78,7 +79,8 @@ class Experiment:
 
     def close(self) -> None:
         """Frees everything, once a checkpoint that is being written is complete."""
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         self.teacher.close()
         self.checkpoints.close()
 
@@ -109,36 +111,34 @@ def prepare(
       TeacherStopped: the teacher does not answer.
       CheckpointError: no room for checkpoints, or none of those found can be read.
     """
-    checkpoint.check_workdir(workdir, config)
-    set_up_cache(config.train.compilation_cache)
-    given, config = config, with_world(config, workdir)
+    first_only, agree = distributed.first_only, distributed.agree
+    first_only(lambda: checkpoint.check_workdir(workdir, config))
+    check_staleness(config)
     mesh = sharding.make_mesh(config.mesh)
-    if student is None and not config.student.path:
-        raise ConfigError("config.student.path is empty: it names the folder of the model to be trained.")
-    tokenizer = tokenizer or load_tokenizer(config.student.path)
-    stream = _stream(config, tokenizer, prompts)
-    similarity = _similarity(config)
-    if config.eval.every and evaluator is None:
-        evaluator = make_evaluator(config, tokenizer)
-    if config.rollout.temperature != 1:
-        _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
-
-    decoder = models.read_config(config.student.path) if student is None else student.config
-    sharding.check_fits(mesh, config, decoder)
-    _preflight(config, _side(tokenizer, decoder), None if teacher else _teacher_side(config), stream)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", given, keep=config.train.checkpoint_keep)
-    if teacher is None:
-        teacher = make_teacher(
-            config.teacher,
-            workdir=workdir,
-            run_seed=config.train.seed,
-            template_args=config.data.template_args,
-            is_raw=not config.data.use_chat_template,
-        )
+    sharding.check_batch(mesh, config)
+    set_up_cache(config.train.compilation_cache)
+    given = config
+    first_only(lambda: with_world(given, workdir))  # the others find it built
+    config = agree(lambda: with_world(given, workdir))
+    checked = agree(lambda: _checked(config, mesh, student, tokenizer, teacher is not None, prompts, evaluator))
+    train = config.train
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        given,
+        keep=train.checkpoint_keep,
+        keep_every=train.checkpoint_keep_every,
+        keeps_best=bool(train.checkpoint_best),
+    )
+    teacher = teacher or agree(lambda: _make_teacher(config, workdir))
     try:
-        if max(checkpoints.steps(), default=0) < config.train.steps:
-            _LOG.info("%s", teacher.probe())  # before the student is loaded: a teacher that is down shows in seconds
-        student = _load_student(config, decoder, mesh) if student is None else sharding.placed(student, mesh)
+        if max(checkpoints.steps(), default=0) < train.steps:
+            # before the student is loaded: a teacher that is down shows in seconds
+            _LOG.info("%s", agree(teacher.probe))
+        decoder, tokenizer = checked.decoder, checked.tokenizer
+        if student is None:
+            student = agree(lambda: _load_student(config, decoder, mesh))
+        else:
+            student = sharding.placed(student, mesh)
         if config.lora.rank > 0 and student.adapters is None:
             student = models.add_adapters(
                 student,
@@ -150,21 +150,14 @@ def prepare(
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         shardings = state_shardings(mesh, student, optimizer)
         state = init_state(student, optimizer, shardings)
-        checkpoint.check_room(workdir, state)
+        first_only(lambda: checkpoint.check_room(workdir, state))
         found = checkpoints.restore(state)
         spent = Usage()
         if found is not None:
             state, progress = found
             spent = Usage(**progress["spent"])
-        # A run that has no finished step writes its first evaluation again, so line 0 is dropped as well.
-        log = RunLog(
-            workdir,
-            after_step=int(state.step) or -1,
-            tensorboard=config.logging.tensorboard,
-            wandb=config.logging.wandb,
-            settings=to_dict(given),
-        )
-        checkpoint.claim_workdir(workdir, given)
+        log = agree(lambda: _open_log(given, workdir, int(state.step)) if distributed.is_first() else None)
+        first_only(lambda: checkpoint.claim_workdir(workdir, given))
         frozen = without_trainable(student)
         step = make_step(
             frozen,
@@ -180,9 +173,9 @@ def prepare(
             workdir=workdir,
             mesh=mesh,
             tokenizer=tokenizer,
-            stream=stream,
+            stream=checked.stream,
             teacher=teacher,
-            similarity=similarity,
+            similarity=checked.similarity,
             verify_settings=VerifySettings.from_config(config),
             frozen=frozen,
             student=make_student(
@@ -192,7 +185,7 @@ def prepare(
                 banned_tokens=tokenizer.banned_tokens(student.config.vocab_size),
             ),
             step=step,
-            evaluator=evaluator,
+            evaluator=checked.evaluator,
             checkpoints=checkpoints,
             log=log,
             state=state,
@@ -201,6 +194,62 @@ def prepare(
     except BaseException:
         teacher.close()
         raise
+
+
+class _Checked(NamedTuple):
+    """What was read before anything is computed."""
+
+    tokenizer: Tokenizer
+    stream: PromptStream
+    similarity: Similarity
+    evaluator: Evaluator | None
+    decoder: models.DecoderConfig
+
+
+def _checked(
+    config: Config,
+    mesh: Mesh,
+    student: Model | None,
+    tokenizer: Tokenizer | None,
+    has_teacher: bool,
+    prompts: Sequence[Prompt] | None,
+    evaluator: Evaluator | None,
+) -> _Checked:
+    """The cheap parts of an experiment; raises InputError for the first that does not fit."""
+    if student is None and not config.student.path:
+        raise ConfigError("config.student.path is empty: it names the folder of the model to be trained.")
+    tokenizer = tokenizer or load_tokenizer(config.student.path)
+    stream = _stream(config, tokenizer, prompts)
+    similarity = _similarity(config)
+    if config.eval.every and evaluator is None:
+        evaluator = make_evaluator(config, tokenizer)
+    if config.rollout.temperature != 1:
+        _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
+    decoder = models.read_config(config.student.path) if student is None else student.config
+    sharding.check_fits(mesh, config, decoder)
+    _preflight(config, _side(tokenizer, decoder), None if has_teacher else _teacher_side(config), stream)
+    return _Checked(tokenizer, stream, similarity, evaluator, decoder)
+
+
+def _make_teacher(config: Config, workdir: Path) -> Teacher:
+    """This process's teacher: with its own cache and ledger, and its share of what the run may spend."""
+    return make_teacher(
+        distributed.teacher_share(config.teacher),
+        workdir=distributed.own_folder(workdir),
+        run_seed=config.train.seed,
+        template_args=config.data.template_args,
+        is_raw=not config.data.use_chat_template,
+    )
+
+
+def _open_log(config: Config, workdir: Path, finished: int) -> RunLog:
+    return RunLog(
+        workdir,
+        after_step=finished or -1,  # without a finished step the first evaluation is written again, so line 0 goes too
+        tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
+        settings=to_dict(config),
+    )
 
 
 def step_options(config: Config) -> StepOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from omniopd_jax.config import Config
 from omniopd_jax.data import Tokenizer
 from omniopd_jax.models import Model
 from omniopd_jax.teacher.protocol import Teacher, TeacherStopped, Usage
-from omniopd_jax.train import batching
+from omniopd_jax.train import batching, distributed
 from omniopd_jax.train.compilation import CompileCounter
 from omniopd_jax.train.evaluation import Evaluator
 from omniopd_jax.train.experiment import Experiment, export, prepare
@@ -97,7 +97,7 @@ def run(
         with Interrupts().installed() as interrupts, _saved_when_stopped(experiment):
             if experiment.evaluator is not None and experiment.num_finished == 0:
                 with clock.phase("evaluate"):
-                    experiment.log.write({"step": 0} | experiment.evaluator(experiment.model))
+                    write(experiment, {"step": 0} | experiment.evaluator(experiment.model))
             while not is_done(experiment):
                 index = experiment.num_finished
                 began = time.perf_counter()
@@ -109,16 +109,16 @@ def run(
                 programs, seconds = counter.take()
                 metrics |= {"compile/programs": float(programs), "compile/seconds": seconds}
                 metrics |= clock.take() | {"time/step_s": time.perf_counter() - began}
-                experiment.log.write({"step": step} | metrics, audits, rollouts)
-                if config.train.checkpoint_every and step % config.train.checkpoint_every == 0:
+                write(experiment, {"step": step} | metrics, audits, rollouts)
+                score = metrics.get(config.train.checkpoint_best)
+                every = config.train.checkpoint_every
+                if (every and step % every == 0) or experiment.checkpoints.is_best(score):
                     with clock.phase("checkpoint"):
-                        save(experiment)
-                if progress is not None:
-                    progress(step, metrics)
-                interrupts.check()
+                        save(experiment, score=score)
+                distributed.agree(lambda: report(step, metrics, progress, interrupts))  # noqa: B023 (called at once)
             save(experiment)
             with clock.phase("export"):
-                model_path = export(experiment)
+                model_path = distributed.agree(lambda: export(experiment))
             experiment.checkpoints.wait()
         return RunResult(
             workdir=experiment.workdir,
@@ -198,10 +198,31 @@ class Clock:
         return taken
 
 
-def save(experiment: Experiment) -> None:
-    """Checkpoints the finished steps."""
+def write(
+    experiment: Experiment,
+    row: Mapping[str, Any],
+    audits: Iterable[Mapping[str, Any]] = (),
+    rollouts: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """One step's lines, written by the process that has the log."""
+    log = experiment.log
+    distributed.first_only(lambda: log.write(row, audits, rollouts) if log is not None else None)
+
+
+def report(step: int, metrics: Mapping[str, float], progress: Progress | None, interrupts: Interrupts) -> None:
+    """Tells who watches, and notices a signal."""
+    if progress is not None:
+        progress(step, metrics)
+    interrupts.check()
+
+
+def save(experiment: Experiment, *, score: float | None = None) -> None:
+    """Checkpoints the finished steps.
+
+    The prompts and every random stream are functions of the seed and the step, so the step stands for both.
+    """
     progress = {"spent": dataclasses.asdict(experiment.spent)}
-    experiment.checkpoints.save(experiment.state, progress)
+    experiment.checkpoints.save(experiment.state, progress, score=score)
 
 
 @contextmanager

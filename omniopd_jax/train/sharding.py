@@ -61,16 +61,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def check_batch(mesh: Mesh, config: Config) -> None:
+    """Raises ConfigError where a batch, or a part of it, does not divide over the mesh."""
+    shares = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    whole, parts = config.rollout.batch_size, config.pipeline.micro_batches
+    sizes = {"rollout.batch_size": whole}
+    if config.train.micro_batch_size:
+        sizes["train.micro_batch_size"] = config.train.micro_batch_size
+    if parts > 1:
+        sizes[f"rollout.batch_size={whole} / config.pipeline.micro_batches"] = whole // parts
+    for name, size in sizes.items():
+        if size % shares:
+            raise ConfigError(
+                f"config.{name}={size} must be a multiple of {shares}, the mesh's data × fsdp "
+                f"({mesh.shape['data']} × {mesh.shape['fsdp']})."
+            )
+
+
 def check_fits(mesh: Mesh, config: Config, decoder: DecoderConfig) -> None:
     """Raises ConfigError where the batch or the model does not divide over the mesh; before any compute."""
-    shares = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    size = config.train.micro_batch_size or config.rollout.batch_size
-    name = "train.micro_batch_size" if config.train.micro_batch_size else "rollout.batch_size"
-    if size % shares:
-        raise ConfigError(
-            f"config.{name}={size} must be a multiple of {shares}, the mesh's data × fsdp "
-            f"({mesh.shape['data']} × {mesh.shape['fsdp']})."
-        )
+    check_batch(mesh, config)
     tensor = mesh.shape["tensor"]
     for what, count in (("attention heads", decoder.num_heads), ("feed-forward width", decoder.mlp_dim)):
         if count % tensor:

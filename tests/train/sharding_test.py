@@ -84,4 +84,5 @@ def test_placing_keeps_the_numbers(model):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     moved = sharding.placed(model, mesh)
     jax.tree.map(np.testing.assert_array_equal, moved.params, model.params)
-    assert dataclasses.replace(moved, params=None) == dataclasses.replace(model, params=None)
+    assert moved.module.layout.mesh == mesh
+    assert dataclasses.replace(moved, params=None, module=model.module) == dataclasses.replace(model, params=None)
