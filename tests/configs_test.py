@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, compare_small
 from omniopd_jax import config as config_lib
 from omniopd_jax.config import ConfigError
 from omniopd_jax.train import small_world
@@ -19,7 +19,7 @@ from omniopd_jax.worlds import WORLDS, get_world
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")]
-ARGUMENTS = {"quickstart": ("", "recommended", "published")}
+ARGUMENTS = {"compare_small": ("", "fast", *compare_small.SECTIONS), "quickstart": ("", "recommended", "published")}
 
 
 def _cases():

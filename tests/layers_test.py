@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "types", "prng", "config", "algo", "models", "rollout", "data", "worlds", "similarity", "teacher", "eval",
         "quiet", "gathering",
     },
+    "study": {"types", "prng", "config", "algo", "models", "rollout", "data", "worlds", "eval", "train"},
     "report": set(),
     "bench": {
         "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",
