@@ -87,7 +87,7 @@ def _show(config: Config, workdir: Path) -> None:
     finally:
         experiment.close()
     length = int(seen.rollout.mask_BxT[0].sum())
-    words = experiment.tokenizer.token_texts(seen.rollout.tokens_BxT[0, :length].tolist())
+    words = experiment.tokenizer.running_texts(seen.rollout.tokens_BxT[0, :length].tolist())
     entropy = np.asarray(seen.rollout.entropy_BxT)[0, :length].tolist()
     print(f"prompt    {_PROMPT.value}\nteacher   {experiment.teacher.name}\n")
     print(f"response, {length} tokens; entropy {_scale()} nats\n")
@@ -128,10 +128,9 @@ def _coloured(text: str, entropy: float) -> str:
 
 def _joined(words: list[str], entropy: list[float], starts: set[int]) -> str:
     """The response with entropy as colour; each audited chunk begins with its position in brackets."""
-    spaces = "" if any(word.startswith((" ", "\n")) for word in words) else " "  # word-level vocabularies have none
     # What a model wrote must not steer the terminal.
     safe = [word if word.isprintable() or word in ("\n", "\t") else repr(word)[1:-1] for word in words]
-    return spaces.join((f"[{i}]" if i in starts else "") + _coloured(word, entropy[i]) for i, word in enumerate(safe))
+    return "".join((f"[{i}]" if i in starts else "") + _coloured(word, entropy[i]) for i, word in enumerate(safe))
 
 
 if __name__ == "__main__":

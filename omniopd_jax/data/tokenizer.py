@@ -127,6 +127,16 @@ class Tokenizer:
         """One readable text a token, for plots and logs; special tokens are shown, parts of characters as �."""
         return self._backend.decode_batch([[token] for token in ids], skip_special_tokens=False)
 
+    def running_texts(self, ids: Sequence[int]) -> list[str]:
+        """`token_texts`, each with the white space that stands before it in running text: word-level and
+        SentencePiece-like tokenizers leave it out of a token by itself."""
+        alone = self.token_texts(ids)
+        pairs = self._backend.decode_batch([list(ids[i - 1 : i + 1]) for i in range(1, len(ids))], skip_special_tokens=False)
+        texts = alone[:1]
+        for before, text, pair in zip(alone, alone[1:], pairs, strict=False):
+            texts.append(pair[len(before) :] if pair.startswith(before) and pair.endswith(text) else text)
+        return texts
+
     def first_special(self, text: str) -> int | None:
         """The first special token that a rendered text spells out; None where it spells none."""
         found = self._special_pattern.search(text) if self._special_pattern else None

@@ -126,7 +126,7 @@ def rollout_lines(experiment: Experiment, step: int, batch: PromptBatch, rollout
             "response": row,
             "prompt_id": prompt.id,
             "prompt": "\n\n".join(message.content for message in prompt.messages),
-            "tokens": experiment.tokenizer.token_texts(rollout.tokens_BxT[row, :length].tolist()),
+            "tokens": experiment.tokenizer.running_texts(rollout.tokens_BxT[row, :length].tolist()),
             "entropy": np.asarray(rollout.entropy_BxT)[row, :length].astype(np.float64).round(4).tolist(),
             "logprob": rollout.logprob_BxT[row, :length].astype(np.float64).round(4).tolist(),
             "is_finished": bool(rollout.is_finished_B[row]),
