@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
                 path="",  # folder in HF layout (config.json, *.safetensors, tokenizer)
                 param_dtype="float32",  # what the optimizer updates (master weights)
                 compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU
+                attention="auto",  # of whole sequences: auto | xla | cudnn (GPU) | splash (TPU)
             ),
             lora=dict(
                 rank=0,  # 0: train every parameter; > 0: adapters of this rank, the base is the reference
@@ -76,6 +77,9 @@ def get_config() -> ConfigDict:
                 samples_per_prompt=1,  # responses of one prompt; divides batch_size
                 max_new_tokens=512,  # T
                 temperature=1.0,  # [P] on-policy; other values are a departure and logged as such
+                top_k=0,  # keep the k likeliest tokens; 0: all. Like the next two: off is on-policy, on is logged
+                top_p=1.0,  # of these keep the fewest that hold this probability; 1: all
+                min_p=0.0,  # of these keep those at least this likely beside the likeliest; 0: all
             ),
             audit=dict(
                 num_chunks=10,  # M [P]
@@ -85,6 +89,7 @@ def get_config() -> ConfigDict:
                 embedding_model="",  # folder or hub name for similarity="embedding"
                 positions="peak",  # peak [P] | entropy_weighted | random | lowest (control)
                 max_fraction=0.5,  # largest share of a response that may be audited
+                entropy_source="decode",  # H_t: decode (taken while sampling, free) | rescore (a pass of its own)
                 control="none",  # none | constant | shuffled: scores made one number, or permuted across chunks
             ),
             objective=dict(

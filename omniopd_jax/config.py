@@ -27,6 +27,7 @@ class StudentConfig:
     path: str
     param_dtype: str
     compute_dtype: str
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,9 @@ class RolloutConfig:
     samples_per_prompt: int
     max_new_tokens: int
     temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,7 @@ class AuditConfig:
     embedding_model: str
     positions: str
     max_fraction: float
+    entropy_source: str
     control: str
 
 
@@ -312,12 +317,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES = {
     "student.param_dtype": _DTYPES,
     "student.compute_dtype": ("auto", *_DTYPES),
+    "student.attention": ("auto", "xla", "cudnn", "splash"),
     "reference.dtype": ("same", *_DTYPES),
     "optimizer.state_dtype": _DTYPES,
     "lora.export": ("merged", "peft"),
     "teacher.kind": ("local", "self", "openai", "anthropic", "gemini", "scripted"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),
     "audit.positions": ("peak", "entropy_weighted", "random", "lowest"),
+    "audit.entropy_source": ("decode", "rescore"),
     "audit.control": ("none", "constant", "shuffled"),
     "objective.arm": ("verify", "branch", "imitate", "sft", "opd", "grpo", "anchor", "mixture"),
     "objective.anchor_tokens": ("unaudited", "all"),
@@ -344,6 +351,7 @@ _POSITIVE = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
     "rollout.temperature",
+    "rollout.top_p",
     "audit.num_chunks",
     "audit.chunk_tokens",
     "audit.num_continuations",
@@ -394,6 +402,8 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "rollout.slots",
+    "rollout.top_k",
+    "rollout.min_p",
     "train.max_teacher_tokens",
     "train.seed",
     "train.micro_batch_size",
@@ -414,6 +424,8 @@ _AT_MOST = {
     "teacher.top_p": 1,
     "teacher.max_missing_fraction": 1,
     "teacher.max_refusal_fraction": 1,
+    "rollout.top_p": 1,
+    "rollout.min_p": 1,
     "audit.max_fraction": 1,
     "objective.repulsion": 1,
     "train.seed": _LARGEST_SEED,
