@@ -131,10 +131,12 @@ class Tokenizer:
         """`token_texts`, each with the white space that stands before it in running text: word-level and
         SentencePiece-like tokenizers leave it out of a token by itself."""
         alone = self.token_texts(ids)
-        pairs = self._backend.decode_batch([list(ids[i - 1 : i + 1]) for i in range(1, len(ids))], skip_special_tokens=False)
+        pairs = [list(ids[i - 1 : i + 1]) for i in range(1, len(ids))]
         texts = alone[:1]
-        for before, text, pair in zip(alone, alone[1:], pairs, strict=False):
-            texts.append(pair[len(before) :] if pair.startswith(before) and pair.endswith(text) else text)
+        both = self._backend.decode_batch(pairs, skip_special_tokens=False)
+        for before, text, pair in zip(alone, alone[1:], both, strict=False):
+            added = pair.removeprefix(before)
+            texts.append(added if added.endswith(text) and pair.startswith(before) else text)
         return texts
 
     def first_special(self, text: str) -> int | None:

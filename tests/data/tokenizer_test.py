@@ -32,6 +32,22 @@ def words(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("kind", ["words", "byte_level", "spaced"])
+def test_the_running_texts_of_tokens_join_to_their_text(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    text = "add 3 and 7 with 1 gives 1 1 ; answer 1 1" if kind == "words" else "he all = 12 x. hello"
+    ids = tokenizer.encode(text) + list(tokenizer.stop_tokens)[:1]
+    pieces = tokenizer.running_texts(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode_all(ids)
+    assert tokenizer.running_texts([]) == []
+
+
+def test_parts_of_a_character_stay_one_text_each(byte_level):
+    ids = byte_level.encode("a算b")
+    assert byte_level.running_texts(ids) == byte_level.token_texts(ids)
+
+
 def _is_sound(ids, tokenizer):
     """Whether the bytes of byte-level tokens are whole characters: the definition, without the decoder."""
     from tokenizers.pre_tokenizers import ByteLevel
