@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
             ),
             data=dict(
                 train="",  # jsonl or parquet of prompts
-                eval="",  # held-out rows in the same layout
+                eval="",  # held-out rows: in the same layout, or in that of eval.task
+                task="",  # a benchmark whose published layout data.train has; "": the columns below
                 prompt_field="auto",  # column of the prompt; "auto": prompt | question | problem | messages
                 answer_field="auto",  # column of the reference answer; "auto": answer | solution | ground_truth
                 use_chat_template=True,  # False: the prompt is the exact text that the model continues
@@ -137,7 +138,7 @@ def get_config() -> ConfigDict:
                 compilation_cache="auto",  # folder of jax's persistent cache; "auto": the user's cache folder; "off"
             ),
             pipeline=dict(
-                micro_batches=1,  # parts of the batch: the next is sampled while the teacher works on one; 1: no overlap
+                micro_batches=1,  # parts of a batch: one is sampled while the teacher works on the one before
                 staleness=0,  # 0: the student samples with the parameters that the step updates; no other value
             ),
             mesh=dict(
@@ -150,7 +151,14 @@ def get_config() -> ConfigDict:
                 problems=256,  # rows of data.eval
                 batch_size=256,
                 max_new_tokens=0,  # 0: rollout.max_new_tokens
-                task="auto",  # how answers are judged: auto (the world's own) | math | world
+                samples=1,  # k: samples a problem at temperature 1
+                task="auto",  # layout and judge: auto (math; a world's own) | gsm8k | math | aime | amc | olympiad |
+                # humaneval | mbpp | livecodebench | world
+                instruction="auto",  # how a problem is asked: the task's own unless data.system_prompt says; or a text
+                sandbox="",  # where programs run: "": nowhere | "local" | http://HOST:PORT of a service
+                allow_unsandboxed=False,  # "local" without bubblewrap or namespaces: resource limits alone
+                timeout_s=10.0,  # of a program on all of its unit tests, or on each of its inputs
+                memory_mb=1024,  # of each process of a program
             ),
             world=dict(
                 kind="",  # "": none; arithmetic | rewriting: fill the paths of models and data that are left empty

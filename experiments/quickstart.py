@@ -95,27 +95,15 @@ def _seconds(folder: Path) -> float:
 def _measure(config: Config, folder: Path, name: str, bar: command.Bar) -> tuple[dict, float]:
     """({greedy, temperature_1}, effective number of phrasings at temperature 1) of a model folder."""
     from omniopd_jax.data import load_tokenizer, read_prompts
-    from omniopd_jax.eval.evaluate import evaluate, get_judge
     from omniopd_jax.models import load_model
-    from omniopd_jax.train.evaluation import MODES
+    from omniopd_jax.train.evaluation import judge_of, measure
     from omniopd_jax.worlds import arithmetic, wording
 
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
     prompts = read_prompts(Path(config.world.path) / "eval.jsonl")[: config.eval.problems]
-    found = {}
-    for mode, temperature in MODES.items():
-        result = evaluate(
-            model,
-            tokenizer,
-            prompts,
-            get_judge("world"),
-            temperature=temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            batch_size=config.eval.batch_size,
-            seed=_SEED.value,
-            progress=lambda done, total: bar(f"evaluate {name}", done, total),
-        )
-        found[mode] = result
+    found = measure(
+        config, load_model(folder), load_tokenizer(folder), prompts, judge_of(config, prompts),
+        progress=lambda done, total: bar(f"evaluate {name}", done, total),
+    )  # fmt: skip
     summary = {mode: result.summary() for mode, result in found.items()}
     return summary, wording.phrasing_variety(found["temperature_1"].responses, arithmetic.MARKS)
 

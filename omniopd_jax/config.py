@@ -78,6 +78,7 @@ class TeacherConfig:
 class DataConfig:
     train: str
     eval: str
+    task: str
     prompt_field: str
     answer_field: str
     use_chat_template: bool
@@ -191,7 +192,13 @@ class EvalConfig:
     problems: int
     batch_size: int
     max_new_tokens: int
+    samples: int
     task: str
+    instruction: str
+    sandbox: str
+    allow_unsandboxed: bool
+    timeout_s: float
+    memory_mb: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +321,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_TASKS = ("gsm8k", "math", "aime", "amc", "olympiad", "humaneval", "mbpp", "livecodebench")
 _CHOICES = {
     "student.param_dtype": _DTYPES,
     "student.compute_dtype": ("auto", *_DTYPES),
@@ -334,7 +342,8 @@ _CHOICES = {
     "objective.baseline": ("none", "leave_one_out", "teacher_agreement"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "train.remat": ("none", "full", "dots"),
-    "eval.task": ("auto", "math", "world"),
+    "data.task": ("", *_TASKS),
+    "eval.task": ("auto", *_TASKS, "world"),
     "world.kind": ("", "arithmetic", "rewriting"),
     "world.teacher_tokenizer": ("words", "characters"),
 }
@@ -368,6 +377,9 @@ _POSITIVE = (
     "pipeline.micro_batches",
     "eval.problems",
     "eval.batch_size",
+    "eval.samples",
+    "eval.timeout_s",
+    "eval.memory_mb",
     "world.size",
     "world.train_problems",
     "world.eval_problems",
@@ -488,8 +500,8 @@ def validate(config: Config) -> None:
         )
     if train.checkpoint_best and not config.eval.every:
         raise ConfigError(
-            f"config.train.checkpoint_best={train.checkpoint_best!r} needs config.eval.every: an evaluation tells which "
-            "checkpoint is the best."
+            f"config.train.checkpoint_best={train.checkpoint_best!r} needs config.eval.every: an evaluation "
+            "tells which checkpoint is the best."
         )
     has_chunks = bool({"verify", "branch", "imitate"} & set(mixed_arms(config.objective)))
     if has_chunks and audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:
@@ -499,6 +511,13 @@ def validate(config: Config) -> None:
             f"config.audit.max_fraction={audit.max_fraction} may be audited."
         )
     _check_arms(config)
+    if not re.fullmatch(r"(local|https?://\S+)?", config.eval.sandbox):
+        raise ConfigError(
+            f"config.eval.sandbox={config.eval.sandbox!r} must be '', 'local' or the address of a service: "
+            "http://HOST:PORT."
+        )
+    if config.eval.instruction != "auto" and "{problem}" not in config.eval.instruction:
+        raise ConfigError("config.eval.instruction must be 'auto' or a text with {problem} in it.")
     if not _SIMILARITY.fullmatch(audit.similarity):
         raise ConfigError(
             f"config.audit.similarity={audit.similarity!r} must be {_SIMILARITY.pattern.split(')')[0].strip('(')}, "

@@ -107,7 +107,7 @@ def test_evaluate_judges_the_exported_student(tiny, tmp_path):
     out = tmp_path / "answers.jsonl"
     done = command(
         "experiments.evaluate", f"--model={workdir}", "--task=world", f"--data={workdir / 'world' / 'eval.jsonl'}",
-        "--max_new_tokens=24", "--samples=2", "--temperature=1", f"--out={out}",
+        "--max_new_tokens=24", "--samples=2", "--temperature=1", f"--output={out}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     rows = _lines(out)
@@ -264,7 +264,7 @@ def test_evaluate_opens_its_output_before_it_generates(tiny, tmp_path):
     workdir, _ = tiny
     done = command(
         "experiments.evaluate", f"--model={workdir}", f"--data={workdir / 'world' / 'eval.jsonl'}",
-        f"--out={tmp_path / 'absent' / 'answers.jsonl'}",
+        f"--output={tmp_path / 'absent' / 'answers.jsonl'}",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
     assert "answers.jsonl cannot be written: No such file" in done.stderr

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def read_prompts(
     *,
     system_prompt: str = "",
     is_raw: bool = False,
+    convert: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None,
 ) -> list[Prompt]:
     """Reads a jsonl (or .jsonl.gz) or parquet file, one prompt a row.
 
@@ -46,6 +47,7 @@ def read_prompts(
         gives one.
       system_prompt: put before conversations that have no system turn of their own.
       is_raw: the prompt is the exact text that the model continues; no chat template is applied.
+      convert: (row, where it stands) → the row to be read instead, for files in another layout.
 
     Raises:
       PromptError: no such file, an empty one, a line that is not JSON, a row without a prompt, two rows with one id.
@@ -55,6 +57,8 @@ def read_prompts(
     where_of: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         where, values = row
+        if convert is not None and isinstance(values, Mapping):
+            values = convert(values, f"{path} {where}")
         prompt = _prompt(values, f"{path} {where}", f"{path.name.split('.')[0]}:{number - 1}",
                          prompt_field, answer_field, system_prompt, is_raw)  # fmt: skip
         if prompt.id in where_of:

@@ -1,24 +1,61 @@
-"""How good a model is at a task: sampled or greedy answers, judged one by one, with a standard error."""
+"""How good a model is at a task: sampled or greedy answers, judged one by one, with intervals over problems."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from omniopd_jax import gathering, prng
 from omniopd_jax.data.prompts import bucket_width, pad_prompts
 from omniopd_jax.data.tokenizer import Tokenizer
+from omniopd_jax.eval import statistics
+from omniopd_jax.eval.tasks import get_task
+from omniopd_jax.eval.verdict import NO_ANSWER, Verdict
 from omniopd_jax.models import Model
 from omniopd_jax.rollout import sampler
 from omniopd_jax.types import InputError, Prompt
 
 _LOG = logging.getLogger(__name__)
 
-Judge = Callable[[str, str], bool]  # (response, reference answer) → right or not
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Tells right from wrong: judge(response, reference answer) → bool."""
+
+    verdict: Callable[[str, str], Verdict]  # the same, with the reason
+    workers: int = 1  # threads that may judge at once
+
+    def __call__(self, response: str, answer: str) -> bool:
+        return self.verdict(response, answer).passed
+
+    def all(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """The verdicts in the order of the responses."""
+        if self.workers == 1:
+            return list(map(self.verdict, responses, answers))
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.verdict, responses, answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One judged response."""
+
+    id: str  # of the prompt
+    sample: int  # 0 .. k−1
+    response: str
+    is_correct: bool
+    reason: str  # of the verdict
+    tokens: int  # of the response, the stop token included
+    is_finished: bool  # it ended by itself, within the length limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,50 +66,126 @@ class Evaluation:
     standard_error: float  # of that mean over problems
     problems: int
     samples: int  # k, samples a problem
-    truncated: float  # share of samples that hit the length limit
-    mean_tokens: float  # response tokens, the stop token included
-    responses: tuple[str, ...]  # problems · samples texts, the samples of a problem adjacent
-    is_correct: tuple[bool, ...]  # the same order
+    items: tuple[Item, ...]  # problems · samples, the samples of a problem adjacent
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(item.response for item in self.items)
+
+    @property
+    def is_correct(self) -> tuple[bool, ...]:
+        return tuple(item.is_correct for item in self.items)
+
+    @property
+    def correct_PxN(self) -> np.ndarray:
+        """bool [problems, samples]."""
+        return np.array(self.is_correct, bool).reshape(self.problems, self.samples)
+
+    @property
+    def truncated(self) -> float:
+        """Share of samples that hit the length limit."""
+        return float(np.mean([not item.is_finished for item in self.items]))
+
+    @property
+    def no_answer(self) -> float:
+        """Share of samples that hold nothing to judge: no marked answer, no program."""
+        return float(np.mean([item.reason == NO_ANSWER for item in self.items]))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Response tokens, the stop token included."""
+        return float(np.mean([item.tokens for item in self.items]))
+
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the accuracy, over problems."""
+        return statistics.bootstrap_interval(statistics.average(self.correct_PxN))
+
+    def pass_at(self, k: int) -> tuple[float, float, float]:
+        """(pass@k, low, high): the unbiased estimate and its 95 % bootstrap interval over problems.
+
+        Raises:
+          InputError: k is larger than the number of samples.
+        """
+        if k > self.samples:
+            raise InputError(f"pass@{k} needs at least {k} samples a problem; there are {self.samples}.")
+        per_problem = statistics.pass_at_k(self.correct_PxN, k)
+        return float(per_problem.mean()), *statistics.bootstrap_interval(per_problem)
 
     def summary(self) -> dict[str, float]:
         """What goes into result.json."""
         return {"accuracy": self.accuracy, "standard_error": self.standard_error}
 
+    def table(self, k: int = 0) -> str:
+        """What a command prints: accuracy, its interval, pass@k where k > 0, and what was cut or empty."""
+        low, high = self.interval()
+        rows = [
+            f"accuracy   {self}   ({self.problems} problems, {self.samples} samples each)",
+            f"interval   {100 * low:.1f} to {100 * high:.1f} %   (95 %, bootstrap over problems)",
+        ]
+        if k:
+            value, low, high = self.pass_at(k)
+            rows.append(f"pass@{k:<5} {100 * value:.1f} %   ({100 * low:.1f} to {100 * high:.1f})")
+        rows.append(
+            f"truncated  {100 * self.truncated:.1f} %   no answer {100 * self.no_answer:.1f} %   "
+            f"mean length {self.mean_tokens:.1f} tokens"
+        )
+        return "\n".join(rows)
+
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %"
 
 
-def get_judge(task: str, prompts: Sequence[Prompt] = ()) -> Judge:
-    """`math`: marked final answers (eval.math). `world`: the small worlds' own form.
+def get_judge(
+    task: str,
+    prompts: Sequence[Prompt] = (),
+    *,
+    sandbox: str = "",
+    allow_unsandboxed: bool = False,
+    timeout_s: float = 10.0,
+    memory_mb: int = 1024,
+) -> Judge:
+    """How the answers of a task (eval.tasks.TASKS) are judged: marked final answers, programs, a small world's form.
 
     Args:
       task: one of them.
       prompts: what will be judged; told now, and not after all answers are generated, if that needs a package that is
-        not installed.
+        not installed, or if a reference is none.
+      sandbox, allow_unsandboxed, timeout_s, memory_mb: where and within what programs run, as `eval.*` of the config.
 
     Raises:
-      InputError: an unknown task, or reference answers that cannot be judged here.
+      InputError: an unknown task, reference answers that cannot be judged here, or programs without a sandbox.
     """
-    if task == "world":
+    kind = get_task(task).judge
+    if kind == "world":
         from omniopd_jax.worlds import answers
 
-        return answers.is_correct
-    if task == "math":
-        from omniopd_jax.eval import math
+        return Judge(lambda response, answer: _plain_verdict(answers.is_correct(response, answer)))
+    if kind == "code":
+        from omniopd_jax.eval import code
 
+        place = code.make_sandbox(sandbox, allow_unsandboxed=allow_unsandboxed)
         for prompt in prompts:
-            math.check_reference(prompt.answer, f"Prompt {prompt.id!r}")
-        if not math.has_math_verify():
-            _LOG.warning("math-verify is not installed: a given answer that is no plain number counts as wrong.")
-        return math.is_correct
-    raise InputError(f"Task {task!r} is not known; there are 'math' and 'world'.")
+            code.CodeReference.loads(prompt.answer, f"Prompt {prompt.id!r}")
+        judge = functools.partial(code.judge_program, sandbox=place, timeout_s=timeout_s, memory_mb=memory_mb)
+        return Judge(judge, workers=os.cpu_count() or 1)
+    from omniopd_jax.eval import math
+
+    for prompt in prompts:
+        math.check_reference(prompt.answer, f"Prompt {prompt.id!r}")
+    if not math.has_math_verify():
+        _LOG.warning("math-verify is not installed: a given answer that is no plain number counts as wrong.")
+    return Judge(math.judge)
+
+
+def _plain_verdict(is_right: bool) -> Verdict:
+    return Verdict(is_right, "passed" if is_right else "wrong")
 
 
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    judge: Judge,
+    judge: Judge | Callable[[str, str], bool],
     *,
     temperature: float,
     max_new_tokens: int,
@@ -82,6 +195,7 @@ def evaluate(
     template_args: Mapping[str, Any] | None = None,
     use_chat_template: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    on_item: Callable[[Item], None] | None = None,
 ) -> Evaluation:
     """Answers every prompt and judges the answers.
 
@@ -89,7 +203,7 @@ def evaluate(
       model: the student.
       tokenizer: its tokenizer.
       prompts: problems with reference answers.
-      judge: tells right from wrong.
+      judge: tells right from wrong. With several processes the first one's verdicts count.
       temperature: 0 is greedy; 1 is what training optimises.
       max_new_tokens: longest response.
       batch_size: responses sampled together; the last batch is padded so that nothing compiles twice.
@@ -97,6 +211,7 @@ def evaluate(
       seed: names the draws; the draw of a problem does not depend on the batch size.
       template_args, use_chat_template: as in `data.*` of the config.
       progress: called with (samples done, samples in all).
+      on_item: called with each judged response, batch by batch.
 
     Raises:
       InputError: no prompts, or one without a reference answer.
@@ -112,7 +227,8 @@ def evaluate(
     width = bucket_width(max(len(ids) for _, ids in rows))
     batch_size = min(batch_size, len(rows))
     key = prng.named_key(seed, 0, "evaluation")
-    responses, tokens, finished = [], 0, 0
+    judge = judge if isinstance(judge, Judge) else _as_judge(judge)
+    items: list[Item] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         filler = [rows[0]] * (batch_size - len(part))
@@ -137,20 +253,43 @@ def evaluate(
             (rollout.tokens_BxT, rollout.mask_BxT, rollout.is_finished_B)
         )
         real = range(len(part))
-        responses += tokenizer.decode_batch([tokens_BxT[b][mask_BxT[b]].tolist() for b in real])
-        tokens += int(mask_BxT[: len(part)].sum())
-        finished += int(is_finished_B[: len(part)].sum())
+        texts = tokenizer.decode_batch([tokens_BxT[b][mask_BxT[b]].tolist() for b in real])
+        verdicts = _agreed(judge.all(texts, [prompt.answer for prompt, _ in part]))
+        for b, text, verdict in zip(real, texts, verdicts, strict=True):
+            item = Item(
+                id=part[b][0].id,
+                sample=(start + b) % samples,
+                response=text,
+                is_correct=verdict.passed,
+                reason=verdict.reason,
+                tokens=int(mask_BxT[b].sum()),
+                is_finished=bool(is_finished_B[b]),
+            )
+            items.append(item)
+            if on_item is not None:
+                on_item(item)
         if progress is not None:
-            progress(len(responses), len(rows))
-    is_correct = [judge(text, prompt.answer) for text, (prompt, _) in zip(responses, rows, strict=True)]
-    per_problem = np.asarray(is_correct, np.float64).reshape(len(prompts), samples).mean(axis=1)
+            progress(len(items), len(rows))
+    per_problem = statistics.average(np.array([item.is_correct for item in items]).reshape(len(prompts), samples))
     return Evaluation(
         accuracy=float(per_problem.mean()),
-        standard_error=float(per_problem.std(ddof=min(1, len(prompts) - 1)) / np.sqrt(len(prompts))),
+        standard_error=statistics.standard_error(per_problem),
         problems=len(prompts),
         samples=samples,
-        truncated=1.0 - finished / len(rows),
-        mean_tokens=tokens / len(rows),
-        responses=tuple(responses),
-        is_correct=tuple(is_correct),
+        items=tuple(items),
     )
+
+
+def _as_judge(judge: Callable[[str, str], bool]) -> Judge:
+    return Judge(lambda response, answer: _plain_verdict(bool(judge(response, answer))))
+
+
+def _agreed(verdicts: list[Verdict]) -> list[Verdict]:
+    """The first process's verdicts: a time limit may fall differently on each, and what follows must not."""
+    if jax.process_count() == 1:
+        return verdicts
+    told = np.array([[verdict.passed, verdict.reason == NO_ANSWER] for verdict in verdicts], np.int32)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
+    return [
+        Verdict(bool(passed), NO_ANSWER if is_empty else "passed" if passed else "wrong") for passed, is_empty in told
+    ]

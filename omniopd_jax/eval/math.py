@@ -1,25 +1,29 @@
 """Is a worked answer right? Extraction of the final answer and mathematical equality.
 
 The last ``\\boxed{...}`` wins; without one the last ``#### ...`` line (GSM8K), then the last ``Answer: ...``. Plain
-numbers are compared here; everything else (fractions, sets, intervals, units, expressions) by the package math-verify
-(extra ``eval``), in a worker process of its own because it can hang and because it works on a main thread only.
+numbers are compared here, a unit in words behind them left out ("18 dollars"); everything else (sets, intervals,
+units in TeX, expressions) by the package math-verify (extra ``eval``), in a worker process of its own because it can
+hang and because it works on a main thread only.
 
 Without math-verify only sets whose reference answers are plain numbers (GSM8K) can be judged, which is checked before
-anything is generated; a given answer that is no plain number ("18 dollars", an expression) then counts as wrong.
+anything is generated; a given answer that is no plain number (an expression) then counts as wrong.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
-import multiprocessing
+import json
 import re
+import selectors
+import subprocess
+import sys
 import threading
 from fractions import Fraction
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
+from omniopd_jax.eval.verdict import NO_ANSWER, PASSED, Verdict
 from omniopd_jax.types import InputError
 
 TIMEOUT_S = 10.0
@@ -62,19 +66,30 @@ def is_correct(response: str, answer: str) -> bool:
     Raises:
       InputError: the reference is no plain number and math-verify is not installed.
     """
+    return judge(response, answer).passed
+
+
+def judge(response: str, answer: str) -> Verdict:
+    """`is_correct`, with the answer that was found."""
     given = extract_answer(response)
     if given is None or not given.strip():
-        return False
-    wanted = _reference(answer)
+        return Verdict(False, NO_ANSWER)
+    if _is_same(given, _reference(answer)):
+        return Verdict(True, PASSED)
+    return Verdict(False, f"answered {given[:100]!r}")
+
+
+def _is_same(given: str, wanted: str) -> bool:
     if _plain(given) == _plain(wanted):
         return True
-    given_number, wanted_number = _number(given), _number(wanted)
+    wanted_number = _number(wanted)
+    given_number = _number(given if wanted_number is None else _without_unit(given))
     if given_number is not None and wanted_number is not None:
         return given_number == wanted_number
     if len(given) > _LONGEST:
         return False
     if not has_math_verify():
-        check_reference(answer, "A problem")
+        check_reference(wanted, "A problem")
         return False
     return _WORKER.verify(given, wanted)
 
@@ -86,6 +101,9 @@ def _reference(answer: str) -> str:
 
 def _last_boxed(text: str) -> str | None:
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    bare = [*re.finditer(r"\\boxed\s+([^\s{}$]+)", text)]  # \boxed 5
+    if bare and bare[-1].start() > start:
+        return bare[-1][1].rstrip(".")
     if start < 0:
         return None
     depth, begin = 0, text.index("{", start) + 1
@@ -98,6 +116,15 @@ def _last_boxed(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().strip("$").strip().rstrip(".")
+
+
+_NO_UNITS = {"pi", "sqrt", "dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "or", "and"}
+
+
+def _without_unit(text: str) -> str:
+    """ "18" for "18 dollars"; a text whose words may be more than a unit as it is."""
+    found = re.fullmatch(r"(\S*\d\S*)((?:\s+[A-Za-z]{2,})+)", _plain(text))
+    return found[1] if found and not _NO_UNITS & set(found[2].lower().split()) else text
 
 
 def _number(text: str) -> Fraction | None:
@@ -113,27 +140,23 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-def _serve(connection: Connection) -> None:
-    """The worker's main: verifies pairs until the pipe closes."""
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    connection.send("ready")
-    while True:
-        try:
-            given, wanted = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(bool(verify(_parsed(parse, wanted), _parsed(parse, given))))
-        except Exception:
-            connection.send(False)  # what cannot be parsed is not a right answer
-
-
-def _parsed(parse, text: str):
+# The worker's whole program, so that it neither imports the package nor the caller's script once more.
+_SERVE = """
+import json, logging, sys
+from math_verify import parse, verify
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+answers, sys.stdout = sys.stdout, sys.stderr
+def parsed(text):
     return parse(text if text.startswith("$") else f"${text}$")
+print('"ready"', file=answers, flush=True)
+for line in sys.stdin:
+    try:
+        given, wanted = json.loads(line)
+        is_same = bool(verify(parsed(wanted), parsed(given)))
+    except Exception:
+        is_same = False  # what cannot be parsed is not a right answer
+    print(json.dumps(is_same), file=answers, flush=True)
+"""
 
 
 class _Worker:
@@ -141,39 +164,53 @@ class _Worker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: BaseProcess | None = None
-        self._connection: Any = None  # the type of a pipe's end differs between platforms
+        self._process: subprocess.Popen[str] | None = None
 
     def verify(self, given: str, wanted: str) -> bool:
         with self._lock:
-            connection = self._connection or self._start()
+            process = self._process or self._start()
             try:
-                connection.send((given, wanted))
-                if connection.poll(TIMEOUT_S):
-                    return connection.recv()
-            except (EOFError, OSError):
-                pass
-            self.stop()
-            return False
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([given, wanted]) + "\n")
+                process.stdin.flush()
+                answer = _line(process, TIMEOUT_S)
+            except OSError:
+                answer = None
+            if answer is None:
+                self.stop()
+            return answer is True
 
-    def _start(self) -> Any:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._connection, self._process = ours, context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        if not ours.poll(120.0) or ours.recv() != "ready":
+    def _start(self) -> subprocess.Popen[str]:
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+        )  # fmt: skip
+        if _line(process, 120.0) != "ready":
             self.stop()
             raise RuntimeError("The math-verify worker did not start within 120 seconds.")
-        return ours
+        return process
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        if self._connection is not None:
-            self._connection.close()
-        self._process = self._connection = None
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._process = None
+
+
+def _line(process: subprocess.Popen[str], timeout_s: float) -> Any:
+    """What the worker says next; None where it says nothing in time, or never will. One answer is ever under way."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(timeout_s):
+            return None
+    line = process.stdout.readline()
+    return json.loads(line) if line.endswith("\n") else None
 
 
 _WORKER = _Worker()

@@ -206,6 +206,6 @@ def _evaluation_charts(present: set[str]) -> list[Chart]:
 def accuracy_label(name: str) -> str | None:
     """ "greedy" for eval/greedy_accuracy, eval/greedy/accuracy or eval/greedy; None for what is no accuracy."""
     section, _, rest = name.partition("/")
-    if section != "eval" or rest.endswith(("standard_error", "tokens", "truncated", "problems", "seconds", "_s")):
+    if section != "eval" or rest.endswith(("standard_error", "tokens", "truncated", "no_answer", "problems", "seconds", "_s")):
         return None
     return rest.removesuffix("accuracy").strip("/_").replace("_", " ") or "accuracy"
