@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,28 @@ _OUT_OF_MEMORY = (
 )
 
 Bar = Screen  # call it with (name, done, total)
+
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several; empty: what the cluster says, if any; auto; off."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes in all; 0: as the cluster says.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this one, from 0; -1: as the cluster says.")
+_COORDINATOR_TIMEOUT_S = flags.DEFINE_integer("coordinator_timeout_s", 600, "How long the processes wait to meet.")
+
+
+def join_processes() -> bool:
+    """Joins the other processes of the run, if there are any; the first thing a main does that trains.
+
+    Returns:
+      Whether this process is the first: the one that prints and writes the report.
+    """
+    from omniopd_jax.train import distributed
+
+    distributed.start(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout_s=_COORDINATOR_TIMEOUT_S.value
+    )
+    return distributed.is_first()
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -88,12 +111,23 @@ def _guarded(main: Callable[[], None]) -> None:
             print(f"{_OUT_OF_MEMORY}\n\n{str(error)[:600]}", file=sys.stderr)
             sys.exit(1)
         if code is None:
+            _leave_processes()
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_processes() -> None:
+    """A failure that the other processes do not know of: they must not wait for this one, nor it for them."""
+    if "omniopd_jax.train.distributed" in sys.modules:
+        from omniopd_jax.train import distributed
+
+        if distributed.has_peers():
+            traceback.print_exc()
+            distributed.leave(1)
 
 
 class _StandardError:

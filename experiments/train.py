@@ -17,18 +17,20 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    is_first = command.join_processes()
     config = command.read_config(_CONFIG)
-    if config.teacher.kind in API_KINDS:
+    if config.teacher.kind in API_KINDS and is_first:
         print(projected_cost(config))
-        if config.teacher.dry_run:
-            return
+    if config.teacher.kind in API_KINDS and config.teacher.dry_run:
+        return
     from omniopd_jax.train import loop
 
     workdir = command.workdir(_WORKDIR.value, "")
     with command.bars() as bar:
         result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
-    print(result)
-    print(f"report   {command.write_report(workdir)}")
+    if is_first:
+        print(result)
+        print(f"report   {command.write_report(workdir)}")
 
 
 if __name__ == "__main__":

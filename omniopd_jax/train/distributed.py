@@ -224,12 +224,16 @@ def from_first(value: T) -> T:
     return gather(value)[0]
 
 
+def has_peers() -> bool:
+    """Whether other processes run with this one."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def leave(exit_code: int) -> None:
     """Ends a process that failed by itself, at once: at exit jax would wait for processes that wait for this one."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _described(failure: Exception | None) -> tuple[str, int, bool] | None:
