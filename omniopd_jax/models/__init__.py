@@ -12,9 +12,11 @@ from omniopd_jax.models.decoder import (
     read,
     read_tree,
     unembedding,
+    with_kernel,
 )
 from omniopd_jax.models.families import DecoderConfig, ModelError, decoder_config, read_config
 from omniopd_jax.models.hf_weights import load_model, save_model
+from omniopd_jax.models.kernels import Kernel, kernel_of
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.lora import add_adapters, merge, save_adapters
 
@@ -22,6 +24,7 @@ __all__ = [
     "BranchCache",
     "DecoderConfig",
     "KVCache",
+    "Kernel",
     "Model",
     "ModelError",
     "add_adapters",
@@ -30,6 +33,7 @@ __all__ = [
     "decoder_config",
     "for_decoding",
     "init_model",
+    "kernel_of",
     "load_model",
     "logical_axes",
     "logits",
@@ -41,4 +45,5 @@ __all__ = [
     "save_adapters",
     "save_model",
     "unembedding",
+    "with_kernel",
 ]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from omniopd_jax.models.attention import attention, branch_attention, in_blocks
+from omniopd_jax.models.kernels import Kernel, kernel_attention
 from omniopd_jax.types import Array
 
 
@@ -51,8 +52,12 @@ class CausalContext:
 
     keys: Keys
     keeps_cache: bool = struct.field(pytree_node=False)
+    kernel: Kernel = struct.field(pytree_node=False, default=Kernel())
 
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
+        if self.kernel.name != "xla":
+            out = kernel_attention(self.kernel, q, k, v, self.keys.mask_BxS, scale=options["scale"])
+            return out, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)) if self.keeps_cache else None
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         return causal_attention(q, k, v, self.keys, window, **options), (k, v) if self.keeps_cache else None
 
@@ -65,12 +70,13 @@ class TreeContext:
     branch_mask_BxRxC: Array
     branch_position_BxRxC: Array
     branch_start_BxR: Array
+    kernel: Kernel = struct.field(pytree_node=False, default=Kernel())
 
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
         b, s = self.keys.mask_BxS.shape
         r, c = self.branch_mask_BxRxC.shape[1:]
-        trunk_k, trunk_v = k[:, :s].transpose(0, 2, 3, 1), v[:, :s].swapaxes(1, 2)
-        trunk_out = causal_attention(q[:, :s], trunk_k, trunk_v, self.keys, window, **options)
+        trunk = CausalContext(self.keys, keeps_cache=True, kernel=self.kernel)
+        trunk_out, (trunk_k, trunk_v) = trunk.attend(q[:, :s], k[:, :s], v[:, :s], window, **options)
 
         def attend_some(branches: tuple[Array, ...]) -> Array:
             q, k, v, mask_BxRxC, position_BxRxC, start_BxR = branches

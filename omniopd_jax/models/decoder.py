@@ -17,6 +17,7 @@ from flax import struct
 
 from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, StepContext, TreeContext
 from omniopd_jax.models.families import DecoderConfig
+from omniopd_jax.models.kernels import Kernel
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
 from omniopd_jax.models.layout import Layout, by_key_head, by_sequence, gathered_layer
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
     compute_dtype: Any = jnp.float32
     adapter_scale: float = 1.0  # alpha / rank of the adapters
     layout: Layout | None = None  # of the activations on a mesh; None: the compiler's choice
+    kernel: Kernel = Kernel()  # which attention reads whole sequences
 
     @nn.compact
     def __call__(
@@ -99,6 +101,11 @@ def init_model(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, *, c
     return Model(config=config, module=module, params=params)
 
 
+def with_kernel(model: Model, kernel: Kernel) -> Model:
+    """The same model, its whole sequences read by another kernel. Weights are shared."""
+    return dataclasses.replace(model, module=model.module.clone(kernel=kernel))
+
+
 def logical_axes(model: Model) -> PyTree:
     """A tree like `model.params` whose leaves are tuples of logical axis names, one an axis of the parameter.
 
@@ -148,7 +155,8 @@ def read(
     """
     mask_BxS = mask_BxS.astype(bool)
     position_BxS = positions(mask_BxS)
-    context = CausalContext(Keys(mask_BxS, position_BxS, is_windowed(model.config)), cache_length is not None)
+    keys = Keys(mask_BxS, position_BxS, is_windowed(model.config))
+    context = CausalContext(keys, cache_length is not None, model.module.kernel)
     hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat)
     if cache_length is None:
         return hidden, None
@@ -273,7 +281,7 @@ def read_tree(
     position = positions(mask_BxS)
     branch_position = start_position(mask_BxS, branch_start_BxR)[..., None] + jnp.arange(c, dtype=jnp.int32)
     keys = Keys(mask_BxS, position, is_windowed(model.config))
-    context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR)
+    context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR, model.module.kernel)
     tokens = jnp.concatenate([tokens_BxS, branch_tokens_BxRxC.reshape(b, r * c)], axis=1)
     all_positions = jnp.concatenate([position, branch_position.reshape(b, r * c)], axis=1)
     hidden, _ = _apply(model, tokens, all_positions, context, remat)
