@@ -139,6 +139,8 @@ def prepare(
             student = agree(lambda: _load_student(config, decoder, mesh))
         else:
             student = sharding.placed(student, mesh)
+        kernel = models.Kernel(attention_kernel(config, decoder), layout=student.module.layout)
+        student = models.with_kernel(student, kernel)
         if config.lora.rank > 0 and student.adapters is None:
             student = models.add_adapters(
                 student,
@@ -223,12 +225,21 @@ def _checked(
     similarity = _similarity(config)
     if config.eval.every and evaluator is None:
         evaluator = make_evaluator(config, tokenizer)
-    if config.rollout.temperature != 1:
-        _LOG.warning("config.rollout.temperature=%g: the responses are not on-policy.", config.rollout.temperature)
+    for name, on_policy in (("temperature", 1), ("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        value = getattr(config.rollout, name)
+        if value != on_policy:
+            _LOG.warning("config.rollout.%s=%g: the responses are not on-policy.", name, value)
     decoder = models.read_config(config.student.path) if student is None else student.config
+    attention_kernel(config, decoder)
     sharding.check_fits(mesh, config, decoder)
     _preflight(config, _side(tokenizer, decoder), None if has_teacher else _teacher_side(config), stream)
     return _Checked(tokenizer, stream, similarity, evaluator, decoder)
+
+
+def attention_kernel(config: Config, decoder: models.DecoderConfig) -> str:
+    """The kernel that `student.attention` means here; raises ModelError where it cannot be used."""
+    dtype = compute_dtype(config.student.compute_dtype)
+    return models.kernel_of(config.student.attention, decoder, dtype, platform=jax.default_backend())
 
 
 def _make_teacher(config: Config, workdir: Path) -> Teacher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +14,7 @@ from omniopd_jax.algo.anchors import select_anchors
 from omniopd_jax.config import Config
 from omniopd_jax.models import Model
 from omniopd_jax.rollout.branches import read_trunk, sample_branches
+from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampler import sample
 from omniopd_jax.train.sharding import batch_sharding
 from omniopd_jax.types import Anchors, Array, Branches, Rollout
@@ -32,26 +33,36 @@ def make_student(
 ) -> Student:
     """The three functions under `config`.
 
-    Entropy and log-probability come from the decode loop itself; they are those of a full forward pass. Only branches
-    need the response read again, and that once for all of them.
+    Entropy and log-probability come from the decode loop itself; they are those of a full forward pass, and
+    `audit.entropy_source = "rescore"` takes the entropy from one. Only branches need the response read again beside
+    that, and that once for all of them.
     """
     audit, rollout_config, seed = config.audit, config.rollout, config.train.seed
+    rule: dict[str, Any] = dict(
+        stop_tokens=stop_tokens,
+        banned_tokens=banned_tokens,
+        temperature=rollout_config.temperature,
+        top_k=rollout_config.top_k,
+        top_p=rollout_config.top_p,
+        min_p=rollout_config.min_p,
+    )
 
     def keys(purpose: str, step: Array, index_B: Array) -> jax.Array:
         return prng.row_keys(prng.named_key(seed, step, purpose), index_B)
 
     def respond(model: Model, tokens_BxP: Array, mask_BxP: Array, index_B: Array, step: Array) -> Rollout:
-        return sample(
+        rollout = sample(
             model,
             tokens_BxP,
             mask_BxP,
             keys("rollout", step, index_B),
             max_new_tokens=rollout_config.max_new_tokens,
-            stop_tokens=stop_tokens,
-            banned_tokens=banned_tokens,
-            temperature=rollout_config.temperature,
             slots=rollout_config.slots,
+            **rule,
         )
+        if audit.entropy_source == "rescore":
+            rollout = rescore(model, rollout, block_tokens=config.train.block_tokens)
+        return rollout
 
     def choose(rollout: Rollout, index_B: Array, step: Array) -> Anchors:
         return select_anchors(
@@ -74,9 +85,7 @@ def make_student(
             prompt_width=rollout.prompt_tokens_BxP.shape[1],
             num_branches=config.objective.num_branches,
             length=audit.chunk_tokens,
-            stop_tokens=stop_tokens,
-            banned_tokens=banned_tokens,
-            temperature=rollout_config.temperature,
+            **rule,
         )
 
     compiled = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
