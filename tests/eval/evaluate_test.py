@@ -6,7 +6,8 @@ import pytest
 
 from omniopd_jax import models
 from omniopd_jax.data import load_tokenizer
-from omniopd_jax.eval.evaluate import evaluate, get_judge
+from omniopd_jax.eval.evaluate import Judge, evaluate, get_judge
+from omniopd_jax.eval.verdict import NO_ANSWER, Verdict
 from omniopd_jax.train.small_world import model_config
 from omniopd_jax.types import InputError, Message, Prompt
 from omniopd_jax.worlds import arithmetic
@@ -60,6 +61,32 @@ def test_truncation_counts_responses_without_a_stop(setting):
     result = measure(setting, lambda *_: False, max_new_tokens=2)
     assert result.truncated == pytest.approx(1 - sum(len(text.split()) < 2 for text in result.responses) / 10)
     assert 0 < result.mean_tokens <= 2
+
+
+def test_items_say_what_became_of_each_response(setting):
+    seen = []
+    judge = Judge(lambda response, answer: Verdict(False, NO_ANSWER if response < "m" else "wrong"))
+    result = measure(setting, judge, samples=2, on_item=seen.append)
+    assert tuple(seen) == result.items
+    assert [(item.id, item.sample) for item in seen] == [(prompt.id, n) for prompt in setting[2] for n in range(2)]
+    assert result.no_answer == pytest.approx(np.mean([item.response < "m" for item in seen]))
+    assert result.mean_tokens == pytest.approx(np.mean([item.tokens for item in seen]))
+    assert {item.tokens for item in seen if not item.is_finished} <= {8}
+    table = result.table(k=2)
+    assert "accuracy   0.0 ± 0.0 %   (10 problems, 2 samples each)" in table
+    assert "pass@2" in table
+    assert f"no answer {100 * result.no_answer:.1f} %" in table
+
+
+def test_pass_at_k_comes_with_its_interval(setting):
+    verdicts = iter([True, False] + [False] * 18)
+    result = measure(setting, lambda *_: next(verdicts), samples=2)
+    value, low, high = result.pass_at(2)
+    assert value == pytest.approx(0.1)
+    assert 0 <= low <= value <= high <= 0.4
+    assert result.pass_at(1)[0] == pytest.approx(result.accuracy) == pytest.approx(0.05)
+    with pytest.raises(InputError, match="pass@3 needs at least 3 samples"):
+        result.pass_at(3)
 
 
 def test_bad_input(setting):

@@ -1,11 +1,14 @@
 """Extraction and equality of final answers."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from omniopd_jax.eval import math
 from omniopd_jax.eval.evaluate import get_judge
+from omniopd_jax.eval.verdict import NO_ANSWER, Verdict
 from omniopd_jax.types import InputError, Message, Prompt
 
 
@@ -26,6 +29,17 @@ from omniopd_jax.types import InputError, Message, Prompt
         ("", "18", False),
         (r"\boxed{}", "0", False),
         ("#### 1/0", "0", False),
+        (r"\boxed 5", "5", True),
+        (r"\boxed{4} or \boxed 5.", "5", True),
+        ("#### 18 dollars", "18", True),
+        ("**Answer:** 42", "42", True),
+        ("The answer is: $42$.", "42", True),
+        ("Answer: 42 kilometers per hour", "42", True),
+        ("Answer: 3 million", "3", False),
+        ("Answer: 3 or 4", "3", False),
+        ("Answer: 3 pi", "3", False),
+        (r"\boxed{073}", "73", True),
+        (r"\boxed{50\%}", "50", True),
     ],
 )
 def test_plain_answers(response, answer, expected):
@@ -40,6 +54,17 @@ def test_plain_answers(response, answer, expected):
         (r"\boxed{[0, 1)}", r"[0, 1]", False),
         (r"\boxed{(x+1)^2}", r"x^2+2x+1", True),
         (r"\boxed{\text{no idea}}", r"\frac{1}{2}", False),
+        (r"\boxed{18\text{ cm}}", "18", True),
+        (r"\boxed{18 \text{cm}^2}", r"18\text{ cm}^2", True),
+        (r"\boxed{90^\circ}", "90", True),
+        (r"\boxed{(-\infty, 2) \cup (3, \infty)}", r"(-\infty,2)\cup(3,\infty)", True),
+        (r"\boxed{x \in (1,2]}", "(1,2]", True),
+        (r"\boxed{(1,2)}", "(2,1)", False),
+        (r"\boxed{x=5}", "5", True),
+        (r"\boxed{-2, 2}", r"\pm 2", True),
+        (r"\boxed{C}", r"\text{(C)}", True),
+        (r"\boxed{10{,}000}", "10,000", True),
+        (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
     ],
 )
 def test_expressions_go_through_math_verify(response, answer, expected):
@@ -57,7 +82,7 @@ def test_a_hanging_grader_is_killed_and_replaced_off_the_main_thread(monkeypatch
     thread.start()
     thread.join()
     assert results == [False]
-    assert not first.is_alive()
+    assert first.poll() is not None
     monkeypatch.undo()
     assert math.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
 
@@ -68,7 +93,8 @@ def test_without_math_verify_plain_references_are_judged_and_others_refused_befo
     judge = get_judge("math", plain)
     assert "counts as wrong" in caplog.text
     assert judge("#### 18", plain[0].answer)
-    assert not judge("#### 18 dollars", plain[0].answer)
+    assert judge("#### 18 dollars", plain[0].answer)
+    assert not judge("#### 18 x", plain[0].answer)
     assert not judge(r"\boxed{\sqrt{324}}", plain[0].answer)
     with pytest.raises(InputError, match=r"'c' has the reference answer 'x\^2'.*pip install 'omniopd_jax\[eval\]'"):
         get_judge("math", [*plain, Prompt("c", (), answer=r"so \boxed{x^2}")])
@@ -79,4 +105,18 @@ def test_without_math_verify_plain_references_are_judged_and_others_refused_befo
 def test_with_math_verify_any_reference_is_judged():
     pytest.importorskip("math_verify")
     assert math.has_math_verify()
-    assert get_judge("math", [Prompt("c", (), answer="x^2")]) is math.is_correct
+    assert get_judge("math", [Prompt("c", (), answer="x^2")])(r"\boxed{x^2}", "x^2")
+
+
+def test_a_script_without_a_main_guard_may_ask():
+    """The worker is no copy of the caller: a grader's script is not run once more in it."""
+    pytest.importorskip("math_verify")
+    script = "from omniopd_jax.eval.math import is_correct\nprint(is_correct('Answer: 2x + x', '3x'))"
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+
+
+def test_reasons():
+    assert math.judge("no idea", "18") == Verdict(False, NO_ANSWER)
+    assert math.judge(r"\boxed{17}", "18") == Verdict(False, "answered '17'")
+    assert math.judge("#### 18", "18") == Verdict(True, "passed")
