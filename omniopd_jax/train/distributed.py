@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from omniopd_jax.config import ConfigError, TeacherConfig
 from omniopd_jax.teacher.protocol import TeacherStopped
+from omniopd_jax.train.rendezvous import meet
 from omniopd_jax.train.stops import CheckpointError, RunStopped
 
 # A process that died is noticed by its missing heartbeat; this bounds the wait for one that lives and does not come.
@@ -78,9 +79,11 @@ def start(
     """
     if coordinator == "off":
         return False
-    address = environment.get("JAX_COORDINATOR_ADDRESS", "") if coordinator in ("", "auto") else coordinator
-    is_cluster = coordinator == "auto" or (not address and _is_cluster(environment))
     count = num_processes or int(environment.get("JAX_NUM_PROCESSES", 0)) or None
+    address = coordinator
+    if coordinator in ("", "auto"):  # half an address in the environment of a cluster is for jax to complete
+        address = environment.get("JAX_COORDINATOR_ADDRESS", "") if count or not _is_cluster(environment) else ""
+    is_cluster = coordinator == "auto" or (not address and _is_cluster(environment))
     index = process_id if process_id >= 0 else int(environment.get("JAX_PROCESS_ID", -1))
     if not address and not is_cluster:
         if count is not None and count > 1:
@@ -91,6 +94,11 @@ def start(
             f"--coordinator={address} needs the form HOST:PORT, --num_processes and a --process_id from 0 to one less, "
             "or JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment."
         )
+    if address:
+        assert count is not None
+        if count == 1:
+            return False
+        meet(address, count, index, timeout_s=timeout_s)
     try:
         jax.distributed.initialize(
             address or None,
