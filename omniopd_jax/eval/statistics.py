@@ -47,6 +47,6 @@ def bootstrap_interval(per_problem_P: np.ndarray, *, level: float = 0.95, seed: 
     """Percentile bootstrap interval of the mean over problems: problems are drawn anew, with all their samples."""
     rng = np.random.default_rng(seed)
     count = len(per_problem_P)
-    means = np.array([per_problem_P[rng.integers(0, count, count)].mean() for _ in range(RESAMPLES)])
+    means = np.array([per_problem_P[drawn].mean() for drawn in rng.integers(0, count, (RESAMPLES, count))])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
