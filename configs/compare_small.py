@@ -21,20 +21,20 @@ _UPDATES = 100
 _TEACHER_TOKENS = 84_000  # what 100 updates of 32 responses with 4 chunks of 8 tokens come to, and a little
 _CHARACTERS = 5.0  # characters asked for a word wanted: a word and its space have at most 8, on average 3.4
 
-_VERIFY = {
+VERIFY = {
     "objective.arm": "verify",
     "audit.positions": "peak",
     "audit.similarity": "edit",
     "objective.anchor_weight": 0.1,
 }
-_BRANCH = {
+BRANCH = {
     "objective.arm": "branch",
     "objective.num_branches": 8,
     "objective.anchor_weight": 0.0,
     "audit.positions": "entropy_weighted",
     "audit.similarity": "edit_words",
 }
-_REPULSION = _BRANCH | {"objective.repulsion": 0.25}
+_REPULSION = BRANCH | {"objective.repulsion": 0.25}
 _IMITATE = {"objective.arm": "imitate", "objective.anchor_weight": 0.0, "audit.positions": "entropy_weighted"}
 # An answer has some 34 tokens, four chunks 25 on average: 24 answers cost what 32 audited responses do.
 _SFT = {"objective.arm": "sft", "objective.anchor_weight": 0.0, "rollout.batch_size": 24}
@@ -56,24 +56,24 @@ def _control(name: str, title: str, rate_of: str, *settings: dict[str, Any]) -> 
 
 # In the order in which they are run: a comparison that is cut short has the main arms.
 _MAIN = (
-    _arm("verify", "OmniOPD as published (`verify`)", _VERIFY),
+    _arm("verify", "OmniOPD as published (`verify`)", VERIFY),
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
     _control("branch_self", "`branch`, the student its own teacher", "branch_repulsion", _REPULSION, _SELF),
-    _control("verify_self", "`verify`, the student its own teacher", "verify", _VERIFY, _SELF),
-    _arm("branch", "`branch`", _BRANCH),
+    _control("verify_self", "`verify`, the student its own teacher", "verify", VERIFY, _SELF),
+    _arm("branch", "`branch`", BRANCH),
     _arm("grpo", "GRPO, reward from the reference answer", _GRPO),
     _arm("imitate", "`imitate`", _IMITATE),
 )
 _VARIANTS = (
-    _arm("verify_loo", "`verify`, leave-one-out baseline", _VERIFY, {"objective.baseline": "leave_one_out"}),
+    _arm("verify_loo", "`verify`, leave-one-out baseline", VERIFY, {"objective.baseline": "leave_one_out"}),
     _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
-    _arm("verify_power", "`verify`, edit similarity to the power 4", _VERIFY, {"audit.similarity": "edit^4"}),
+    _arm("verify_power", "`verify`, edit similarity to the power 4", VERIFY, {"audit.similarity": "edit^4"}),
     _arm(
         "verify_agreement",
         "`verify`, teacher-agreement baseline, 1 chunk, N = 4",
-        _VERIFY,
+        VERIFY,
         {"objective.baseline": "teacher_agreement", "audit.num_chunks": 1, "audit.num_continuations": 4},
     ),
     _arm("imitate_confident", "`imitate`, weighted by p^0.5", _IMITATE, {"objective.confidence_power": 0.5}),
@@ -81,51 +81,48 @@ _VARIANTS = (
     _arm(
         "mixture",
         "mixture: `branch` + 0.2 · `imitate`",
-        _BRANCH,
+        BRANCH,
         {"objective.arm": "mixture", "objective.weights.branch": 1.0, "objective.weights.imitate": 0.2},
     ),
 )
 _CONTROLS = (
-    _control("anchor", "the anchor alone", "verify", _VERIFY, {"objective.arm": "anchor"}),
-    _control("constant", "`verify`, constant target", "verify", _VERIFY, {"audit.control": "constant"}),
-    _control("shuffled", "`verify`, scores shuffled across chunks", "verify", _VERIFY, {"audit.control": "shuffled"}),
-    _control("random", "`verify`, random positions", "verify", _VERIFY, {"audit.positions": "random"}),
-    _control("lowest", "`verify`, positions of lowest entropy", "verify", _VERIFY, {"audit.positions": "lowest"}),
-    _control("no_anchor", "`verify`, no anchor", "verify", _VERIFY, {"objective.anchor_weight": 0.0}),
-    _control("anchor_all", "`verify`, anchor on all tokens", "verify", _VERIFY, {"objective.anchor_tokens": "all"}),
-    _control("branch_random", "`branch`, random positions", "branch", _BRANCH, {"audit.positions": "random"}),
-    _control("branch_lowest", "`branch`, lowest entropy", "branch", _BRANCH, {"audit.positions": "lowest"}),
-    _control("branch_shuffled", "`branch`, scores shuffled", "branch", _BRANCH, {"audit.control": "shuffled"}),
+    _control("anchor", "the anchor alone", "verify", VERIFY, {"objective.arm": "anchor"}),
+    _control("constant", "`verify`, constant target", "verify", VERIFY, {"audit.control": "constant"}),
+    _control("shuffled", "`verify`, scores shuffled across chunks", "verify", VERIFY, {"audit.control": "shuffled"}),
+    _control("random", "`verify`, random positions", "verify", VERIFY, {"audit.positions": "random"}),
+    _control("lowest", "`verify`, positions of lowest entropy", "verify", VERIFY, {"audit.positions": "lowest"}),
+    _control("no_anchor", "`verify`, no anchor", "verify", VERIFY, {"objective.anchor_weight": 0.0}),
+    _control("anchor_all", "`verify`, anchor on all tokens", "verify", VERIFY, {"objective.anchor_tokens": "all"}),
+    _control("branch_random", "`branch`, random positions", "branch", BRANCH, {"audit.positions": "random"}),
+    _control("branch_lowest", "`branch`, lowest entropy", "branch", BRANCH, {"audit.positions": "lowest"}),
+    _control("branch_shuffled", "`branch`, scores shuffled", "branch", BRANCH, {"audit.control": "shuffled"}),
 )
 _SWEEPS = (
-    *(_control(f"chunks_{m}", f"`verify`, M = {m}", "verify", _VERIFY, {"audit.num_chunks": m}) for m in (1, 2, 8)),
-    *(_control(f"length_{c}", f"`verify`, C = {c}", "verify", _VERIFY, {"audit.chunk_tokens": c}) for c in (4, 16)),
+    *(_control(f"chunks_{m}", f"`verify`, M = {m}", "verify", VERIFY, {"audit.num_chunks": m}) for m in (1, 2, 8)),
+    *(_control(f"length_{c}", f"`verify`, C = {c}", "verify", VERIFY, {"audit.chunk_tokens": c}) for c in (4, 16)),
+    *(_control(f"samples_{n}", f"`verify`, N = {n}", "verify", VERIFY, {"audit.num_continuations": n}) for n in (2, 4)),
     *(
-        _control(f"samples_{n}", f"`verify`, N = {n}", "verify", _VERIFY, {"audit.num_continuations": n})
-        for n in (2, 4)
-    ),
-    *(
-        _control(f"prior_{alpha}", f"`verify`, α = {alpha}", "verify", _VERIFY, {"objective.prior_strength": alpha})
+        _control(f"prior_{alpha}", f"`verify`, α = {alpha}", "verify", VERIFY, {"objective.prior_strength": alpha})
         for alpha in (0.1, 5.0)
     ),
     *(
-        _control(f"anchor_{beta}", f"`verify`, β = {beta}", "verify", _VERIFY, {"objective.anchor_weight": beta})
+        _control(f"anchor_{beta}", f"`verify`, β = {beta}", "verify", VERIFY, {"objective.anchor_weight": beta})
         for beta in (0.01, 0.5)
     ),
     *(
-        _control(f"phi_{name}", f"`verify`, φ = {name}", "verify", _VERIFY, {"audit.similarity": name})
+        _control(f"phi_{name}", f"`verify`, φ = {name}", "verify", VERIFY, {"audit.similarity": name})
         for name in ("exact", "edit_words", "rouge1")
     ),
     *(
-        _control(f"branches_{g}", f"`branch`, G = {g}", "branch", _BRANCH, {"objective.num_branches": g})
+        _control(f"branches_{g}", f"`branch`, G = {g}", "branch", BRANCH, {"objective.num_branches": g})
         for g in (2, 4, 16)
     ),
     *(
-        _control(f"repulsion_{part}", f"`branch`, repulsion {part}", "branch", _BRANCH, {"objective.repulsion": part})
+        _control(f"repulsion_{part}", f"`branch`, repulsion {part}", "branch", BRANCH, {"objective.repulsion": part})
         for part in (0.5, 1.0)
     ),
-    _control("branch_phi_edit", "`branch`, φ = edit", "branch", _BRANCH, {"audit.similarity": "edit"}),
-    _control("branch_anchor", "`branch`, β = 0.1", "branch", _BRANCH, {"objective.anchor_weight": 0.1}),
+    _control("branch_phi_edit", "`branch`, φ = edit", "branch", BRANCH, {"audit.similarity": "edit"}),
+    _control("branch_anchor", "`branch`, β = 0.1", "branch", BRANCH, {"objective.anchor_weight": 0.1}),
 )
 _TITLES = {
     "arithmetic": ("Three-digit addition", "A student that forgets carries; steps worded in one of three ways."),

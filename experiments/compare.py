@@ -8,17 +8,13 @@ restricts it to some arms. A config has sections (`:rewriting`, …), each a stu
 and its figures are written from all studies found there.
 """
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import command
+from experiments import command, sections
 from omniopd_jax.config import to_dict
 from omniopd_jax.study import design, job
-from omniopd_jax.types import InputError
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "Where the studies are; running again goes on there.")
@@ -33,7 +29,8 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     from omniopd_jax.study import results, schedule
 
-    common, study = to_dict(command.read_config(_CONFIG)), read_study()
+    common = to_dict(command.read_config(_CONFIG))
+    study = design.study_from(sections.of_config("get_study"))
     root = command.workdir(_WORKDIR.value, "runs/compare")
     folder = root / study.name
     chosen = design.only(study, _ONLY.value) if _ONLY.value else study
@@ -42,15 +39,6 @@ def main() -> None:
         schedule.do_all(chosen, folder, workers=_WORKERS.value, report=lambda line: print(line, flush=True))
     finally:
         print(f"results  {results.write_results(root, Path(_RESULTS.value or root / 'results.md'))}")
-
-
-def read_study() -> design.Study:
-    """The study of the config file: its function `get_study`, called with the same argument as `get_config`."""
-    path, _, section = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    module: Any = importlib.import_module(".".join(Path(path).with_suffix("").parts[-2:]))
-    if not hasattr(module, "get_study"):
-        raise InputError(f"--config={path} describes a run and no study: it has no function get_study.")
-    return design.study_from(module.get_study(section) if section else module.get_study())
 
 
 if __name__ == "__main__":

@@ -158,13 +158,7 @@ def run_config(common: Mapping[str, Any], study: Study, run: Run, folder: Path) 
       study, run: what to run.
       folder: the study's.
     """
-    values = copy.deepcopy(dict(common))
-    for name, value in study.arm(run.arm).settings.items():
-        *groups, knob = name.split(".")
-        place = values
-        for group in groups:
-            place = place[group]
-        place[knob] = value
+    values = with_settings(common, study.arm(run.arm).settings)
     world = world_path(folder, run.seed)
     values["world"] = values["world"] | dict(seed=run.seed, path=str(world))
     values["train"] = values["train"] | dict(seed=run.seed)
@@ -172,6 +166,18 @@ def run_config(common: Mapping[str, Any], study: Study, run: Run, folder: Path) 
     values["data"] = values["data"] | dict(eval=str(world / "validation.jsonl"))
     values["eval"] = values["eval"] | dict(every=study.curve_every, problems=study.curve_problems)
     return from_mapping(values)
+
+
+def with_settings(common: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings with {"section.knob": value} on top."""
+    values = copy.deepcopy(dict(common))
+    for name, value in settings.items():
+        *groups, knob = name.split(".")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[knob] = value
+    return values
 
 
 def rate(study: Study, arm: Arm, scores: Scores) -> float | None:

@@ -109,9 +109,9 @@ def _facts(finished: _Finished) -> str:
         f"{len(study.seeds)} seeds (each with a world, a teacher and a student of its own), {_join(problems)} held-out "
         f"problems each. A run ends after {updates} updates or, before that, once the teacher has written {budget:,} "
         f"tokens. Learning rates: the best of {rates} and at most {study.extensions} beyond the grid where the best "
-        f"lies at its edge, by the mean of greedy and temperature-1 accuracy on {_join(validation)} validation problems, "
-        f"on seed {study.seeds[0]}; controls take the rate of the arm that they belong to. {done} of {planned} runs at "
-        "chosen rates are finished."
+        "lies at its edge, by the mean of greedy and temperature-1 accuracy on "
+        f"{_join(validation)} validation problems, on seed {study.seeds[0]}; controls take the rate of the arm that "
+        f"they belong to. {done} of {planned} runs at chosen rates are finished."
     )
     missing = [arm.name for arm in study.arms if len(finished.runs.get(arm.name, ())) < len(study.seeds)]
     if missing:
