@@ -1,6 +1,7 @@
 """Eight steps of everything in under a minute, compilation included. Needs no file and no network.
 
     python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
+    python -m experiments.train --config=configs/tiny.py:grpo --workdir=runs/tiny_grpo    # any arm of docs/arms.md
 
 A world of one-digit additions is made in the work directory, a teacher and a student of a few thousand parameters are
 trained on it for seconds, and the student is distilled for eight steps. Good for trying knobs and for tests; the
@@ -11,8 +12,10 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+ARMS = ("verify", "branch", "imitate", "sft", "opd", "grpo", "anchor", "mixture")
 
-def get_config() -> ConfigDict:
+
+def get_config(arm: str = "verify") -> ConfigDict:
     config = base.get_config()
     config.world.update(
         kind="arithmetic",
@@ -33,4 +36,14 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-4
     config.train.update(steps=8, checkpoint_every=4)
     config.eval.update(problems=40, batch_size=40)
+    config.objective.arm = arm
+    config.objective.num_branches = 4
+    if arm == "sft":
+        config.objective.anchor_weight = 0.0
+    if arm == "grpo":
+        config.rollout.samples_per_prompt = 4
+        config.objective.update(normalise="response", anchor_estimator="k3", anchor_weight=0.04)
+        config.train.updates_per_batch = 2
+    if arm == "mixture":
+        config.objective.weights.update(branch=0.5, imitate=0.5)
     return config

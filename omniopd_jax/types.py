@@ -98,6 +98,14 @@ class Branches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answers:
+    """The teacher's own answers to the prompts, in the student's tokens. Host arrays (numpy)."""
+
+    tokens_BxT: np.ndarray  # int32, right-padded; the stop token is part of an answer that ended
+    mask_BxT: np.ndarray  # bool; a row without a token: no answer came
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdicts:
     """What the teacher's texts say about the student's, chunk by chunk. Host arrays (numpy)."""
 
@@ -106,6 +114,10 @@ class Verdicts:
     agreement_BxM: np.ndarray  # float32, mean similarity among the teacher's own texts; 0 where n < 2
     branch_score_BxMxG: np.ndarray | None = None  # float32, mean over received texts; 0 where none
     branch_overlap_BxMxG: np.ndarray | None = None  # float32, mean similarity to the other branches
+    text_BxMxNxC: np.ndarray | None = None  # int32, the continuations in the student's tokens, the stop token where
+    # one ended its answer; right-padded
+    text_mask_BxMxNxC: np.ndarray | None = None  # bool
+    cut_BxM: np.ndarray | None = None  # int32 ≤ start, where the teacher's texts leave the response
 
     @property
     def score_sum_BxM(self) -> np.ndarray:
@@ -133,7 +145,7 @@ class TokenTree:
     """What every arm hands to the one training step: weights on a trunk and on its branches.
 
     loss = − Σ trunk_weight · log π(trunk token) − Σ branch_weight · log π(branch token)
-           + Σ anchor_weight · KL(π_ref ‖ π)
+           + Σ anchor_weight · KL(π_ref ‖ π) + Σ divergence_weight · D(π_teacher, π) − Σ clipped ratio · ratio_weight
 
     The weights already hold every denominator (tokens or sequences of the *whole* batch), so that the loss of
     a batch is the plain sum over its micro-batches, however it is split. R may be 0.
@@ -149,6 +161,12 @@ class TokenTree:
     branch_mask_BxRxC: Array  # bool
     branch_weight_BxRxC: Array  # float32, 0 on padding
     branch_start_BxR: Array  # int32, a branch sees the prompt and trunk tokens [0, start)
+    # What only some arms put on a tree; None: no term.
+    divergence_weight_BxT: Array | None = None  # float32 ≥ 0, of the divergence from a white-box teacher
+    ratio_weight_BxT: Array | None = None  # float32, advantage over the denominator, of the clipped ratio
+    old_logprob_BxT: Array | None = None  # float32, nats, under the student that sampled: the ratio's denominator
+    power_BxT: Array | None = None  # float32 ≥ 0: a token also weighs π(token) to this power, without gradient
+    branch_power_BxR: Array | None = None  # the same for a branch's tokens
 
 
 @struct.dataclass

@@ -34,7 +34,7 @@ def select_anchors(
       max_fraction: at most floor(max_fraction · length / C) chunks of a response are audited, so that the rest
         carries the anchor (ours; 1.0 is the paper, whose own ablation collapses where nothing carries it).
       positions: "peak" (the paper) | "entropy_weighted": starts drawn one after the other in proportion to their
-        entropy | "random": drawn uniformly. The last two are ours.
+        entropy | "random": drawn uniformly | "lowest": the lowest entropy first, a control. The last three are ours.
       keys_B: one typed key a row for the drawn kinds, so that a row's chunks do not depend on its neighbours.
 
     Returns:
@@ -71,8 +71,10 @@ def select_anchors(
 def _scores(entropy_BxT: Array, positions: str, keys_B: Array | None) -> Array:
     if positions == "peak":
         return entropy_BxT
+    if positions == "lowest":
+        return -entropy_BxT
     if positions not in ("entropy_weighted", "random"):
-        raise ValueError(f'positions={positions!r} must be "peak", "entropy_weighted" or "random".')
+        raise ValueError(f'positions={positions!r} must be "peak", "entropy_weighted", "random" or "lowest".')
     if keys_B is None or keys_B.shape != entropy_BxT.shape[:1]:
         raise ValueError(f"positions={positions!r} draws and needs keys_B, one key for each of the B rows.")
     # Gumbel top-k: the greedy order of log w + Gumbel noise is a sequence of draws in proportion to w

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from omniopd_jax.algo.arms import anchor_weights, batch_denominator, chunk_weights
@@ -9,9 +10,16 @@ from omniopd_jax.types import Anchors, Array, TokenTree
 
 
 def tree_loss(
-    logprob_BxT: Array, branch_logprob_BxRxC: Array, anchor_kl_BxT: Array, tree: TokenTree
+    logprob_BxT: Array,
+    branch_logprob_BxRxC: Array,
+    anchor_kl_BxT: Array,
+    tree: TokenTree,
+    *,
+    divergence_BxT: Array | None = None,
+    clip: float = 0.2,
 ) -> tuple[Array, dict[str, Array]]:
-    """loss = − Σ weight · log π(trunk) − Σ branch_weight · log π(branch) + Σ anchor_weight · KL(π_ref ‖ π).
+    """loss = − Σ weight · log π(trunk) − Σ branch_weight · log π(branch) + Σ anchor_weight · KL(π_ref ‖ π), and where
+    the tree asks for it + Σ divergence_weight · D(π_teacher, π) − Σ `clipped_ratio`.
 
     Plain sums: the weights hold the denominators, so the losses, gradients and metrics of micro-batches add up to the
     batch's. A position whose weight is exactly 0 contributes exactly 0 to loss and gradient, whatever is there.
@@ -20,19 +28,79 @@ def tree_loss(
       logprob_BxT, branch_logprob_BxRxC: float32, nats, under the parameters being trained; R may be 0.
       anchor_kl_BxT: float32, nats, KL(π_ref ‖ π_θ).
       tree: the weights.
+      divergence_BxT: float32, nats, where the tree has weights for it.
+      clip: ε of the ratio.
 
     Returns:
-      (loss, metrics): float32 scalars; `loss/*` are the three terms as they enter the loss; `anchor/kl_sum` (nats) and
-      `anchor/tokens` are sums over the tokens that carry the anchor.
+      (loss, metrics): float32 scalars; `loss/*` are the terms as they enter the loss; `anchor/kl_sum` (nats) and
+      `anchor/tokens` are sums over the tokens that carry the anchor; `opd/*_sum`, `update/*` the like of other terms.
     """
-    return weighted_loss(
+    loss, metrics = weighted_loss(
         logprob_BxT,
         branch_logprob_BxRxC,
         anchor_kl_BxT,
-        weight_BxT=tree.weight_BxT,
-        branch_weight_BxRxC=tree.branch_weight_BxRxC,
+        weight_BxT=with_confidence(tree.weight_BxT, logprob_BxT, tree.power_BxT),
+        branch_weight_BxRxC=with_confidence(
+            tree.branch_weight_BxRxC,
+            branch_logprob_BxRxC,
+            None if tree.branch_power_BxR is None else tree.branch_power_BxR[:, :, None],
+        ),
         anchor_weight_BxT=tree.anchor_weight_BxT,
     )
+    if tree.divergence_weight_BxT is not None:
+        assert divergence_BxT is not None
+        divergence = _weighted_sum(tree.divergence_weight_BxT, divergence_BxT)
+        is_taught = jnp.asarray(tree.divergence_weight_BxT) != 0
+        loss = loss + divergence
+        metrics |= {
+            "loss/divergence": divergence,
+            "opd/divergence_sum": _weighted_sum(is_taught.astype(jnp.float32), divergence_BxT),
+            "opd/tokens": jnp.sum(is_taught, dtype=jnp.float32),
+        }
+    if tree.ratio_weight_BxT is not None:
+        surrogate_BxT, is_clipped_BxT = clipped_ratio(
+            logprob_BxT, tree.old_logprob_BxT, tree.ratio_weight_BxT, clip=clip
+        )
+        ratio = -jnp.sum(surrogate_BxT, dtype=jnp.float32)
+        loss = loss + ratio
+        metrics |= {
+            "loss/ratio": ratio,
+            "update/clipped": jnp.sum(is_clipped_BxT, dtype=jnp.float32),
+            "update/tokens": jnp.sum(jnp.asarray(tree.ratio_weight_BxT) != 0, dtype=jnp.float32),
+        }
+    return loss, metrics | {"loss/total": loss}
+
+
+def with_confidence(weight: Array, logprob: Array, power: Array | None) -> Array:
+    """weight · π(token)^power, without gradient: tokens that the student finds unlikely count less.
+
+    At power 1 this is DFT (arXiv 2508.05629), which turns the gradient of − log π into that of − π.
+    """
+    if power is None:
+        return weight
+    return weight * jax.lax.stop_gradient(jnp.exp(jnp.where(weight != 0, logprob, 0.0) * power))
+
+
+def clipped_ratio(
+    logprob_BxT: Array, old_logprob_BxT: Array | None, weight_BxT: Array, *, clip: float
+) -> tuple[Array, Array]:
+    """(surrogate, is_clipped): min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) with ρ = π_θ / π_old (PPO, arXiv 1707.06347).
+
+    A is `weight_BxT`, advantage over denominator. Where the clip decides, the gradient is 0. At π_θ = π_old the
+    gradient is A · ∇ log π_θ.
+    """
+    assert old_logprob_BxT is not None
+    is_weighted = jnp.asarray(weight_BxT) != 0
+    ratio = jnp.exp(jnp.where(is_weighted, logprob_BxT - old_logprob_BxT, 0.0))
+    plain, bounded = ratio * weight_BxT, jnp.clip(ratio, 1 - clip, 1 + clip) * weight_BxT
+    return jnp.minimum(plain, bounded), is_weighted & (bounded < plain)
+
+
+def k3_kl(ref_logprob_BxT: Array, logprob_BxT: Array) -> Array:
+    """ρ − log ρ − 1 ≥ 0 with ρ = π_ref / π_θ of the sampled token, nats: an unbiased estimate of KL(π_θ ‖ π_ref) when
+    π_θ sampled it (Schulman 2020, "Approximating KL Divergence", estimator k3; the KL of GRPO, arXiv 2402.03300)."""
+    log_ratio = jax.lax.stop_gradient(ref_logprob_BxT) - logprob_BxT
+    return jnp.exp(log_ratio) - log_ratio - 1.0
 
 
 def weighted_loss(
@@ -44,7 +112,7 @@ def weighted_loss(
     branch_weight_BxRxC: Array,
     anchor_weight_BxT: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """`tree_loss` on bare weights."""
+    """The three terms that every tree has, on bare weights."""
     trunk = -_weighted_sum(weight_BxT, logprob_BxT)
     branch = -_weighted_sum(branch_weight_BxRxC, branch_logprob_BxRxC)
     anchor = _weighted_sum(anchor_weight_BxT, anchor_kl_BxT)

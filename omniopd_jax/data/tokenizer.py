@@ -63,6 +63,12 @@ class Tokenizer:
         """One more than the largest id that stands for a token (a model's vocabulary may be padded beyond it)."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def end_token(self) -> int:
+        """The stop token that ends a text which somebody else wrote: the tokenizer's own, else the first."""
+        eos: Any = self.hf.eos_token_id
+        return self.stop_tokens[0] if eos is None else int(eos)
+
     @cached_property
     def special_tokens(self) -> frozenset[int]:
         """Ids that `decode` leaves out."""

@@ -120,13 +120,14 @@ def verify(
     teacher_seconds = time.perf_counter() - began
     if len(results) != len(requests):
         raise TeacherStopped(f"{teacher.name} answered {len(results)} of {len(requests)} requests in step {step}.")
-    received = [_usable(result, settings.num_continuations) for result in results]
-    _stop_if_silent(received, results, settings, teacher.name, step)
+    received = [usable(result, settings.num_continuations) for result in results]
+    stop_if_silent(received, results, settings, teacher.name, step)
 
     began = time.perf_counter()
     texts = _texts(chunks, received, responses, branches, tokenizer, settings.chunk_tokens)
     shape = (*np.shape(anchors.start_BxM), settings.num_continuations)
     verdicts = _score(chunks, texts, shape, branches, similarity)
+    verdicts = _with_texts(verdicts, chunks, texts, settings.chunk_tokens)
     similarity_seconds = time.perf_counter() - began
 
     audits = [
@@ -180,12 +181,12 @@ def _request(chunk: _Chunk, batch: PromptBatch, settings: VerifySettings, seed: 
     )
 
 
-def _usable(result: ContinuationResult, limit: int) -> list[Continuation]:
+def usable(result: ContinuationResult, limit: int) -> list[Continuation]:
     """What can be compared: an empty text only where the teacher stopped at once."""
     return [found for found in result.continuations if found.text or found.finish_reason == "stop"][:limit]
 
 
-def _stop_if_silent(
+def stop_if_silent(
     received: Sequence[Sequence[Continuation]],
     results: Sequence[ContinuationResult],
     settings: VerifySettings,
@@ -228,6 +229,7 @@ class _ChunkTexts:
     chunk: _Text
     continuations: list[_Text]
     branches: list[_Text]
+    ids: list[list[int]]  # the continuations in the student's tokens, from the cut, with a stop token where one ended
 
 
 def _texts(
@@ -243,6 +245,7 @@ def _texts(
     encoded = iter(tokenizer.encode_batch([found.text for texts in received for found in texts]))
     spans: list[tuple[list[int], list[int]]] = []  # (context, tokens) to decode, chunk by chunk
     kinds: list[list[tuple[bool, bool]]] = []  # of each span: is_end, is_short
+    written: list[list[list[int]]] = []
     for chunk, found in zip(chunks, received, strict=True):
         response = responses[chunk.row]
         context, bridge = list(response[: chunk.cut]), list(response[chunk.cut : chunk.start])
@@ -252,7 +255,7 @@ def _texts(
             tokens_GxC = np.asarray(branches.tokens_BxMxGxC[chunk.row, chunk.slot])
             mask_GxC = np.asarray(branches.mask_BxMxGxC[chunk.row, chunk.slot])
             own += [bridge + _real(tokens, mask) for tokens, mask in zip(tokens_GxC, mask_GxC, strict=True)]
-        marks = []
+        marks, kept = [], []
         for ids in own:
             is_end = bool(ids) and ids[-1] in stops
             spans.append((context, ids[:-1] if is_end else ids))
@@ -262,14 +265,16 @@ def _texts(
             # The student's own stop token would be one of its chunk's tokens.
             is_end = continuation.finish_reason == "stop" and len(ids) < length
             spans.append((context, ids[:length]))
+            kept.append(([*ids, tokenizer.end_token] if is_end else ids)[:chunk_tokens])
             marks.append((is_end, continuation.finish_reason == "length" and len(ids) < length))
         kinds.append(marks)
+        written.append(kept)
     decoded = iter(tokenizer.decode_after_batch(spans))
     num_branches = 0 if branches is None else branches.tokens_BxMxGxC.shape[2]
     result = []
-    for marks in kinds:
+    for marks, kept in zip(kinds, written, strict=True):
         texts = [_Text(next(decoded), is_end, is_short) for is_end, is_short in marks]
-        result.append(_ChunkTexts(texts[0], texts[1 + num_branches :], texts[1 : 1 + num_branches]))
+        result.append(_ChunkTexts(texts[0], texts[1 + num_branches :], texts[1 : 1 + num_branches], kept))
     return result
 
 
@@ -336,6 +341,23 @@ def _score(
     return Verdicts(score_BxMxN, is_received_BxMxN, agreement_BxM, branch_score_BxMxG, branch_overlap_BxMxG)
 
 
+def _with_texts(
+    verdicts: Verdicts, chunks: Sequence[_Chunk], texts: Sequence[_ChunkTexts], chunk_tokens: int
+) -> Verdicts:
+    """The verdicts with the teacher's texts as the student would have written them."""
+    shape = verdicts.score_BxMxN.shape
+    tokens_BxMxNxC = np.zeros((*shape, chunk_tokens), np.int32)
+    mask_BxMxNxC = np.zeros((*shape, chunk_tokens), bool)
+    cut_BxM = np.zeros(shape[:2], np.int32)
+    for chunk, text in zip(chunks, texts, strict=True):
+        place = (chunk.row, chunk.slot)
+        cut_BxM[place] = chunk.cut
+        for n, ids in enumerate(text.ids):
+            tokens_BxMxNxC[(*place, n)][: len(ids)] = ids
+            mask_BxMxNxC[(*place, n)][: len(ids)] = True
+    return dataclasses.replace(verdicts, text_BxMxNxC=tokens_BxMxNxC, text_mask_BxMxNxC=mask_BxMxNxC, cut_BxM=cut_BxM)
+
+
 def _audit(
     chunk: _Chunk,
     text: _ChunkTexts,
@@ -388,22 +410,13 @@ def _audit(
     return record
 
 
-def _metrics(
-    chunks: Sequence[_Chunk],
-    texts: Sequence[_ChunkTexts],
-    results: Sequence[ContinuationResult],
-    verdicts: Verdicts,
-    settings: VerifySettings,
-) -> dict[str, float]:
-    """Counts of this call, and means over what there is; a mean over nothing is left out."""
-    requested = settings.num_continuations * len(chunks)
-    continuations = [found for text in texts for found in text.continuations]
+def usage_metrics(results: Sequence[ContinuationResult], requested: int, received: int) -> dict[str, float]:
+    """teacher/* of one call: `requested` samples, of which `received` are usable."""
     usage = sum((result.usage for result in results), Usage())
     used = sum((result.usage if result.used is None else result.used for result in results), Usage())
     metrics = {
-        "audit/chunks": len(chunks),
         "teacher/requested": requested,
-        "teacher/received": len(continuations),
+        "teacher/received": received,
         "teacher/cached": sum(result.num_cached for result in results),
         "teacher/calls": usage.calls,
         "teacher/prompt_tokens": usage.prompt_tokens,
@@ -415,9 +428,23 @@ def _metrics(
         "teacher/used_completion_tokens": used.completion_tokens,
     }
     if requested:
-        metrics["teacher/missing_share"] = 1 - len(continuations) / requested
+        metrics["teacher/missing_share"] = 1 - received / requested
         metrics["teacher/refused_share"] = sum(result.num_refused for result in results) / requested
         metrics["teacher/latency_seconds"] = sum(result.latency_s for result in results) / len(results)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _metrics(
+    chunks: Sequence[_Chunk],
+    texts: Sequence[_ChunkTexts],
+    results: Sequence[ContinuationResult],
+    verdicts: Verdicts,
+    settings: VerifySettings,
+) -> dict[str, float]:
+    """Counts of this call, and means over what there is; a mean over nothing is left out."""
+    requested = settings.num_continuations * len(chunks)
+    continuations = [found for text in texts for found in text.continuations]
+    metrics = {"audit/chunks": len(chunks)} | usage_metrics(results, requested, len(continuations))
     if continuations:
         metrics["audit/score_mean"] = float(verdicts.score_BxMxN.sum() / len(continuations))
         metrics["audit/ended_share"] = sum(found.is_end for found in continuations) / len(continuations)

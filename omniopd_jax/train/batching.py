@@ -48,7 +48,8 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
     Row order means nothing afterwards: a tree is a sum.
     """
     row_K, branches = _merged(tree)
-    has_weight_BxT = (tree.weight_BxT != 0) | (tree.anchor_weight_BxT != 0)
+    weights = (tree.weight_BxT, tree.anchor_weight_BxT, tree.divergence_weight_BxT, tree.ratio_weight_BxT)
+    has_weight_BxT = np.any([weight != 0 for weight in weights if weight is not None], axis=0)
     rows = len(tree.tokens_BxT)
     count_B = np.bincount(row_K, minlength=rows)
     width = _branch_slots(count_B, has_weight_BxT.any(axis=1), smallest_branches, tree.branch_start_BxR.shape[1])
@@ -62,6 +63,9 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
     def trunk(array: np.ndarray) -> np.ndarray:
         return array[source, :end]
 
+    def once(weight: np.ndarray) -> np.ndarray:
+        return np.where(first_copy[:, None], trunk(weight), np.float32(0))
+
     def branch(values: np.ndarray) -> np.ndarray:
         packed = np.zeros((rows, width, *values.shape[1:]), values.dtype)
         for row, numbers in enumerate(slots):
@@ -73,25 +77,33 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
         prompt_mask_BxP=tree.prompt_mask_BxP[source],
         tokens_BxT=trunk(tree.tokens_BxT),
         mask_BxT=trunk(tree.mask_BxT),
-        weight_BxT=np.where(first_copy[:, None], trunk(tree.weight_BxT), np.float32(0)),
-        anchor_weight_BxT=np.where(first_copy[:, None], trunk(tree.anchor_weight_BxT), np.float32(0)),
+        weight_BxT=once(tree.weight_BxT),
+        anchor_weight_BxT=once(tree.anchor_weight_BxT),
         branch_tokens_BxRxC=branch(branches["tokens"]),
         branch_mask_BxRxC=branch(branches["mask"]),
         branch_weight_BxRxC=branch(branches["weight"]),
         branch_start_BxR=branch(branches["start"]),
+        divergence_weight_BxT=None if tree.divergence_weight_BxT is None else once(tree.divergence_weight_BxT),
+        ratio_weight_BxT=None if tree.ratio_weight_BxT is None else once(tree.ratio_weight_BxT),
+        old_logprob_BxT=None if tree.old_logprob_BxT is None else trunk(tree.old_logprob_BxT),
+        power_BxT=None if tree.power_BxT is None else trunk(tree.power_BxT),
+        branch_power_BxR=None if tree.branch_power_BxR is None else branch(branches["power"]),
     )
 
 
 def _merged(tree: TokenTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(row of each branch that is left, ascending; its tokens, mask, weight and start)."""
+    """(row of each branch that is left, ascending; its tokens, mask, weight, start and power)."""
     width = tree.branch_tokens_BxRxC.shape[2]
     row, slot = np.nonzero((tree.branch_weight_BxRxC != 0).any(axis=2))
     mask = tree.branch_mask_BxRxC[row, slot]
     tokens = np.where(mask, tree.branch_tokens_BxRxC[row, slot], 0).astype(np.int32)
     start = tree.branch_start_BxR[row, slot].astype(np.int32)
     weight = tree.branch_weight_BxRxC[row, slot]
+    power_BxR = np.zeros(tree.branch_start_BxR.shape, np.float32)
+    power = (power_BxR if tree.branch_power_BxR is None else np.asarray(tree.branch_power_BxR, np.float32))[row, slot]
     if len(row):
-        key = np.concatenate([row[:, None], start[:, None], mask, tokens], axis=1).astype(np.int32)
+        places = [row[:, None], start[:, None], power.view(np.int32)[:, None]]
+        key = np.concatenate([*places, mask, tokens], axis=1).astype(np.int32)
         _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
         summed = np.zeros((len(first), width), np.float32)
         np.add.at(summed, group.reshape(-1), weight)
@@ -99,8 +111,8 @@ def _merged(tree: TokenTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         # in the order in which they came
         order = np.argsort(first[is_kept])
         first, weight = first[is_kept][order], summed[is_kept][order]
-        row, mask, tokens, start = row[first], mask[first], tokens[first], start[first]
-    return row, {"tokens": tokens, "mask": mask, "weight": weight, "start": start}
+        row, mask, tokens, start, power = row[first], mask[first], tokens[first], start[first], power[first]
+    return row, {"tokens": tokens, "mask": mask, "weight": weight, "start": start, "power": power}
 
 
 def _rows_needed(count_B: np.ndarray, has_trunk_B: np.ndarray, width: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -14,24 +15,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from omniopd_jax import models, prng
+from omniopd_jax.algo.registry import Needs
 from omniopd_jax.config import Config, ConfigError, to_dict
 from omniopd_jax.data import PromptStream, Tokenizer, load_tokenizer
 from omniopd_jax.data.preflight import Side, preflight, raise_errors, table
+from omniopd_jax.eval.evaluate import Judge
 from omniopd_jax.models import Model
 from omniopd_jax.models.decoder import Remat
 from omniopd_jax.models.parameters import parameter_table
 from omniopd_jax.similarity import get_similarity
-from omniopd_jax.teacher.factory import make_teacher
 from omniopd_jax.teacher.protocol import Teacher, Usage
 from omniopd_jax.teacher.verify import Similarity, VerifySettings
 from omniopd_jax.train import checkpoint, distributed, sharding
 from omniopd_jax.train.compilation import set_up_cache
-from omniopd_jax.train.credit import puts_weight_on_trunk
-from omniopd_jax.train.evaluation import Evaluator, make_evaluator, rows_of
+from omniopd_jax.train.credit import needs_of, puts_weight_on_trunk
+from omniopd_jax.train.evaluation import Evaluator, judge_of, make_evaluator, rows_of
 from omniopd_jax.train.metrics import RunLog
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from omniopd_jax.train.pipeline import check_staleness
-from omniopd_jax.train.score import Student, make_student
+from omniopd_jax.train.score import Student, make_scorer, make_student
 from omniopd_jax.train.small_world import with_world
 from omniopd_jax.train.step import (
     StepOptions,
@@ -41,7 +43,8 @@ from omniopd_jax.train.step import (
     with_trainable,
     without_trainable,
 )
-from omniopd_jax.types import Array, Prompt, TokenTree, TrainState
+from omniopd_jax.train.teachers import check_white_box, initial_student, teacher_of, white_box
+from omniopd_jax.types import Array, Prompt, Rollout, TokenTree, TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,6 +69,9 @@ class Experiment:
     log: RunLog | None  # process 0 writes it
     state: TrainState
     spent: Usage  # by the teacher, the run so far
+    needs: Needs  # of the run's arms
+    judge: Judge | None  # of responses, where an arm needs rewards
+    teacher_logprob: Callable[[Rollout], Array] | None  # of sampled tokens, where an arm needs it
 
     @property
     def model(self) -> Model:
@@ -120,8 +126,8 @@ def prepare(
     given = config
     first_only(lambda: with_world(given, workdir))  # the others find it built
     config = agree(lambda: with_world(given, workdir))
-    checked = agree(lambda: _checked(config, mesh, student, tokenizer, teacher is not None, prompts, evaluator))
-    train = config.train
+    checked = agree(lambda: _checked(config, mesh, student, tokenizer, teacher, prompts, evaluator))
+    train, needs = config.train, needs_of(config)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         given,
@@ -129,9 +135,9 @@ def prepare(
         keep_every=train.checkpoint_keep_every,
         keeps_best=bool(train.checkpoint_best),
     )
-    teacher = teacher or agree(lambda: _make_teacher(config, workdir))
+    teacher = teacher or agree(lambda: teacher_of(config, needs, workdir))
     try:
-        if max(checkpoints.steps(), default=0) < train.steps:
+        if teacher is not None and needs.text and max(checkpoints.steps(), default=0) < train.steps:
             # before the student is loaded: a teacher that is down shows in seconds
             _LOG.info("%s", agree(teacher.probe))
         decoder, tokenizer = checked.decoder, checked.tokenizer
@@ -139,6 +145,8 @@ def prepare(
             student = agree(lambda: _load_student(config, decoder, mesh))
         else:
             student = sharding.placed(student, mesh)
+        if teacher is None:
+            teacher = initial_student(config, student, tokenizer)
         kernel = models.Kernel(attention_kernel(config, decoder), layout=student.module.layout)
         student = models.with_kernel(student, kernel)
         if config.lora.rank > 0 and student.adapters is None:
@@ -149,7 +157,8 @@ def prepare(
                 alpha=config.lora.alpha,
                 targets=config.lora.targets,
             )
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        num_updates = train.steps * train.updates_per_batch
+        optimizer = make_optimizer(config.optimizer, num_updates)
         shardings = state_shardings(mesh, student, optimizer)
         state = init_state(student, optimizer, shardings)
         first_only(lambda: checkpoint.check_room(workdir, state))
@@ -161,14 +170,17 @@ def prepare(
         log = agree(lambda: _open_log(given, workdir, int(state.step)) if distributed.is_first() else None)
         first_only(lambda: checkpoint.claim_workdir(workdir, given))
         frozen = without_trainable(student)
+        taught = white_box(teacher, mesh) if needs.logits or needs.logprob else None
+        score = make_scorer(mesh, block_tokens=train.block_tokens)
         step = make_step(
             frozen,
             _reference(config, student),
             optimizer,
-            learning_rate_schedule(config.optimizer, config.train.steps),
+            learning_rate_schedule(config.optimizer, num_updates),
             mesh,
             shardings,
             step_options(config),
+            taught if needs.logits else None,
         )
         return Experiment(
             config=config,
@@ -192,9 +204,13 @@ def prepare(
             log=log,
             state=state,
             spent=spent,
+            needs=needs,
+            judge=checked.judge,
+            teacher_logprob=functools.partial(score, taught) if needs.logprob and taught is not None else None,
         )
     except BaseException:
-        teacher.close()
+        if teacher is not None:
+            teacher.close()
         raise
 
 
@@ -205,6 +221,7 @@ class _Checked(NamedTuple):
     stream: PromptStream
     similarity: Similarity
     evaluator: Evaluator | None
+    judge: Judge | None
     decoder: models.DecoderConfig
 
 
@@ -213,7 +230,7 @@ def _checked(
     mesh: Mesh,
     student: Model | None,
     tokenizer: Tokenizer | None,
-    has_teacher: bool,
+    teacher: Teacher | None,
     prompts: Sequence[Prompt] | None,
     evaluator: Evaluator | None,
 ) -> _Checked:
@@ -232,25 +249,22 @@ def _checked(
     decoder = models.read_config(config.student.path) if student is None else student.config
     attention_kernel(config, decoder)
     sharding.check_fits(mesh, config, decoder)
-    _preflight(config, _side(tokenizer, decoder), None if has_teacher else _teacher_side(config), stream)
-    return _Checked(tokenizer, stream, similarity, evaluator, decoder)
+    needs = needs_of(config)
+    other = _teacher_side(config) if teacher is None and needs.teacher else None
+    _preflight(config, _side(tokenizer, decoder), other, stream)
+    if needs.logits or needs.logprob:
+        check_white_box(teacher, config, tokenizer)
+    judge = None
+    if needs.reward:
+        _check_answers(stream)
+        judge = judge_of(config, stream.prompts)
+    return _Checked(tokenizer, stream, similarity, evaluator, judge, decoder)
 
 
 def attention_kernel(config: Config, decoder: models.DecoderConfig) -> str:
     """The kernel that `student.attention` means here; raises ModelError where it cannot be used."""
     dtype = compute_dtype(config.student.compute_dtype)
     return models.kernel_of(config.student.attention, decoder, dtype, platform=jax.default_backend())
-
-
-def _make_teacher(config: Config, workdir: Path) -> Teacher:
-    """This process's teacher: with its own cache and ledger, and its share of what the run may spend."""
-    return make_teacher(
-        distributed.teacher_share(config.teacher),
-        workdir=distributed.own_folder(workdir),
-        run_seed=config.train.seed,
-        template_args=config.data.template_args,
-        is_raw=not config.data.use_chat_template,
-    )
 
 
 def _open_log(config: Config, workdir: Path, finished: int) -> RunLog:
@@ -268,6 +282,12 @@ def step_options(config: Config) -> StepOptions:
     return StepOptions(
         has_trunk=puts_weight_on_trunk(config),
         has_anchor=config.objective.anchor_weight > 0,
+        anchor_estimator=config.objective.anchor_estimator,
+        divergence=config.objective.divergence,
+        divergence_beta=config.objective.divergence_beta,
+        top_k=config.objective.top_k,
+        clip=config.objective.clip,
+        updates=config.train.updates_per_batch,
         remat=cast(Remat, config.train.remat),  # one of them: config.validate has seen to it
         block_tokens=config.train.block_tokens,
     )
@@ -291,6 +311,15 @@ def _stream(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt] | No
         use_chat_template=data.use_chat_template,
     )
     return stream
+
+
+def _check_answers(stream: PromptStream) -> None:
+    unanswered = next((prompt.id for prompt in stream.prompts if not prompt.answer), None)
+    if unanswered is not None:
+        raise ConfigError(
+            f"Arm 'grpo' judges responses by reference answers, but prompt {unanswered!r} has none: name their column "
+            "in config.data.answer_field."
+        )
 
 
 def _teacher_side(config: Config) -> Side | None:

@@ -124,7 +124,7 @@ def run(
             workdir=experiment.workdir,
             model_path=model_path,
             model=experiment.model,
-            updates=experiment.num_finished,
+            updates=experiment.num_finished * config.train.updates_per_batch,
             teacher=experiment.spent,
             seconds=clock.total,
             metrics=metrics,
@@ -148,24 +148,25 @@ def one_step(
     seen = observe(experiment, index, clock, interrupts)
     with clock.phase("update"):
         packed = batching.pack(seen.credit.tree)
-        count = config.rollout.batch_size // (config.train.micro_batch_size or config.rollout.batch_size)
+        count = len(packed.tokens_BxT) // (config.train.micro_batch_size or config.rollout.batch_size)
         trees = batching.to_devices(batching.micro_batches(packed, count), experiment.mesh, axis=1)
         experiment.state, on_devices = experiment.step(experiment.state, trees)
         updated = {name: float(value) + 0.0 for name, value in batching.to_host(on_devices).items()}
-    check_finite(step, {name: np.asarray(updated[name]) for name in TERMS}, is_finite=bool(updated.pop("is_finite")))
+    terms = {name: np.asarray(updated[name]) for name in TERMS if name in updated}
+    check_finite(step, terms, is_finite=bool(updated.pop("is_finite")))
 
     spent, asked = experiment.spent, seen.asked
     experiment.spent = Usage(
-        prompt_tokens=spent.prompt_tokens + int(asked["teacher/used_prompt_tokens"]),
-        completion_tokens=spent.completion_tokens + int(asked["teacher/used_completion_tokens"]),
-        calls=spent.calls + int(asked["teacher/used_calls"]),
+        prompt_tokens=spent.prompt_tokens + int(asked.get("teacher/used_prompt_tokens", 0)),
+        completion_tokens=spent.completion_tokens + int(asked.get("teacher/used_completion_tokens", 0)),
+        calls=spent.calls + int(asked.get("teacher/used_calls", 0)),
         # A ledger knows what was paid for before a crash as well.
-        dollars=asked.get("teacher/total_dollars", spent.dollars + asked["teacher/dollars"]),
+        dollars=asked.get("teacher/total_dollars", spent.dollars + asked.get("teacher/dollars", 0.0)),
     )
     metrics = step_metrics(experiment, index, seen, packed, updated) | seen.asked
     if not config.train.audit_log_every or step % config.train.audit_log_every:
         return metrics, [], []
-    return metrics, seen.audits, rollout_lines(experiment, step, seen.batch, seen.rollout)
+    return metrics, seen.audits, rollout_lines(experiment, step, seen)
 
 
 class Clock:

@@ -24,10 +24,14 @@ class Meaning(NamedTuple):
 
 # Every name that metrics.jsonl may hold. A name that ends in "/*" stands for a family.
 REGISTRY: dict[str, Meaning] = {
-    "loss/total": Meaning("nats/denominator", "the loss that was minimised: trunk + branch + anchor"),
-    "loss/trunk": Meaning("nats/denominator", "− Σ weight · log π over the tokens of the responses"),
-    "loss/branch": Meaning("nats/denominator", "− Σ weight · log π over the tokens of the student's branches"),
+    "loss/total": Meaning("nats/denominator", "the loss that was minimised: the sum of its terms"),
+    "loss/trunk": Meaning(
+        "nats/denominator", "− Σ weight · log π over the tokens of the responses (sft: of the teacher's answers)"
+    ),
+    "loss/branch": Meaning("nats/denominator", "− Σ weight · log π over the tokens of the branches"),
     "loss/anchor": Meaning("nats/denominator", "β Σ KL(π_ref ‖ π) over the tokens that carry the anchor"),
+    "loss/divergence": Meaning("nats/denominator", "Σ weight · D(π_T, π) over the tokens of the responses, arm opd"),
+    "loss/ratio": Meaning("1/denominator", "− Σ clipped ratio · advantage over the tokens of the responses, arm grpo"),
     "anchor/kl": Meaning("nats/token", "mean KL(π_ref ‖ π) over the tokens that carry the anchor; absent where β = 0"),
     "anchor/fraction": Meaning("share", "response tokens that carry the anchor"),
     "optimizer/grad_norm": Meaning("1", "global norm of the gradient before clipping"),
@@ -62,6 +66,17 @@ REGISTRY: dict[str, Meaning] = {
         "branches/response", "branches left after merging equal ones and dropping those of weight 0"
     ),
     "branch/packed": Meaning("share", "branch slots of the update that hold a branch"),
+    "opd/divergence": Meaning(
+        "nats/token", "divergence from the white-box teacher (sampled: log π − log π_T), mean over response tokens"
+    ),
+    "opd/scored_tokens": Meaning("tokens", "response tokens at which the teacher's distribution was read"),
+    "sft/answer_tokens": Meaning("tokens", "mean length of a teacher's answer in the student's tokens"),
+    "reward/mean": Meaning("reward", "mean over responses"),
+    "reward/std": Meaning("reward", "standard deviation over responses"),
+    "reward/informative": Meaning("share", "prompts whose responses do not all have one reward"),
+    "update/clip_fraction": Meaning(
+        "share", "weighted tokens whose ratio was clipped, in the last update of the batch"
+    ),
     "teacher/requested": Meaning("samples", "continuations asked for"),
     "teacher/received": Meaning("samples", "continuations received and usable"),
     "teacher/cached": Meaning("samples", "continuations answered from the cache"),

@@ -1,4 +1,5 @@
-"""What the student does before the teacher is asked: responses, the choice of chunks, and branches off them."""
+"""What models compute before the step: the student's responses, the choice of chunks, branches off them; and what a
+white-box teacher thinks of the sampled tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from omniopd_jax import prng
 from omniopd_jax.algo.anchors import select_anchors
+from omniopd_jax.algo.entropy import token_logprob
 from omniopd_jax.config import Config
-from omniopd_jax.models import Model
+from omniopd_jax.models import Model, decoder
 from omniopd_jax.rollout.branches import read_trunk, sample_branches
 from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampler import sample
@@ -91,3 +94,21 @@ def make_student(
     compiled = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     # `sample` compiles its own parts and looks between them whether every response has ended, so it is not traced.
     return Student(respond, compiled(choose), compiled(branch))
+
+
+def make_scorer(mesh: Mesh, *, block_tokens: int) -> Callable[[Model, Rollout], Array]:
+    """Compiles (teacher, rollout) → logprob_BxT, float32, nats: log π_T of the sampled tokens; 0 on padding."""
+
+    def score(teacher: Model, rollout: Rollout) -> Array:
+        hidden_BxSxD, _ = decoder.read(teacher, *rollout.sequence())
+        first = rollout.prompt_tokens_BxP.shape[1] - 1
+        logprob_BxT = token_logprob(
+            hidden_BxSxD[:, first:-1],
+            decoder.unembedding(teacher),
+            rollout.tokens_BxT,
+            block_tokens=block_tokens,
+            logit_softcap=teacher.config.final_logit_softcap,
+        )
+        return jnp.where(rollout.mask_BxT, logprob_BxT, 0.0)
+
+    return jax.jit(score, out_shardings=batch_sharding(mesh))

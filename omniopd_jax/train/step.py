@@ -12,15 +12,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from omniopd_jax.algo.divergences import anchor_kl, logprob_and_anchor_kl
+from omniopd_jax.algo.divergences import anchor_kl, logprob_and_anchor_kl, teacher_divergence
 from omniopd_jax.algo.entropy import token_logprob
-from omniopd_jax.algo.losses import tree_loss
+from omniopd_jax.algo.losses import k3_kl, tree_loss
 from omniopd_jax.models import Model, decoder
-from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, trainable_axes
+from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, spread_tree, trainable_axes
 from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
 
 # What a step checks, in the order in which a fault would spread; a main names the first.
-TERMS = ("loss/trunk", "loss/branch", "loss/anchor", "optimizer/grad_norm", "optimizer/update_norm")
+TERMS = (
+    "loss/trunk",
+    "loss/branch",
+    "loss/anchor",
+    "loss/divergence",
+    "loss/ratio",
+    "optimizer/grad_norm",
+    "optimizer/update_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,12 @@ class StepOptions:
 
     has_trunk: bool = True  # some arm puts weight on response tokens; False skips their log-probabilities
     has_anchor: bool = True  # β > 0; False skips the reference altogether
+    anchor_estimator: str = "exact"  # or "k3"
+    divergence: str = "reverse_kl"  # of a tree that asks for one; see `teacher_divergence`
+    divergence_beta: float = 0.5
+    top_k: int = 0
+    clip: float = 0.2  # ε of a tree that asks for the ratio
+    updates: int = 1  # μ, on one batch
     remat: decoder.Remat = "none"
     block_tokens: int = 512
 
@@ -69,11 +83,11 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, shardings:
         params = jax.tree.map(jnp.copy, params)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
-    return jax.jit(start, out_shardings=shardings)(jax.device_put(trainable(model), shardings.params))
+    return jax.jit(start, out_shardings=shardings)(spread_tree(trainable(model), shardings.params))
 
 
 def tree_terms(
-    model: Model, reference: Model | None, tree: TokenTree, options: StepOptions
+    model: Model, reference: Model | None, tree: TokenTree, options: StepOptions, teacher: Model | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Loss of one (micro-)batch and its terms, all plain sums over the batch.
 
@@ -82,6 +96,7 @@ def tree_terms(
       reference: the frozen initial student; None where no token carries the anchor.
       tree: weights that hold their denominators.
       options: what can be left out.
+      teacher: a white-box teacher of the same vocabulary, frozen; only where the tree asks for a divergence from it.
     """
     blocks = {"block_tokens": options.block_tokens, "logit_softcap": model.config.final_logit_softcap}
     prompt_width = tree.prompt_tokens_BxP.shape[1]
@@ -117,7 +132,11 @@ def tree_terms(
             tree.branch_tokens_BxRxC.reshape(rows, slots * width),
             **blocks,
         ).reshape(rows, slots, width)
-    return tree_loss(logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree)
+    divergence_BxT = None
+    if tree.divergence_weight_BxT is not None:
+        assert teacher is not None
+        divergence_BxT = _divergence(teacher, tokens_BxS, mask_BxS, hidden_BxTxD, unembed_DxV, options, blocks)
+    return tree_loss(logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree, divergence_BxT=divergence_BxT, clip=options.clip)
 
 
 def _trunk_terms(
@@ -133,26 +152,65 @@ def _trunk_terms(
     """(logprob_BxT, kl_BxT), zeros for what no token is weighted with."""
     nothing_BxT = jnp.zeros(tree.tokens_BxT.shape, jnp.float32)
     unembed_DxV = decoder.unembedding(model)
+    has_trunk = options.has_trunk or tree.ratio_weight_BxT is not None
     if not options.has_anchor:
-        if not options.has_trunk:
+        if not has_trunk:
             return nothing_BxT, nothing_BxT
         return token_logprob(hidden_BxTxD, unembed_DxV, tree.tokens_BxT, **blocks), nothing_BxT
     assert reference is not None
     reference_hidden_BxSxD, _ = decoder.read(reference, tokens_BxS, mask_BxS)
     reference_hidden_BxTxD = reference_hidden_BxSxD[:, tree.prompt_tokens_BxP.shape[1] - 1 : -1]
     sides = (reference_hidden_BxTxD, decoder.unembedding(reference), hidden_BxTxD, unembed_DxV)
-    if not options.has_trunk:
+    if options.anchor_estimator == "k3":
+        logprob_BxT = token_logprob(hidden_BxTxD, unembed_DxV, tree.tokens_BxT, **blocks)
+        return logprob_BxT, k3_kl(token_logprob(*sides[:2], tree.tokens_BxT, **blocks), logprob_BxT)
+    if not has_trunk:
         return nothing_BxT, anchor_kl(*sides, **blocks)
     return logprob_and_anchor_kl(*sides, tree.tokens_BxT, **blocks)
 
 
+def _divergence(
+    teacher: Model,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    hidden_BxTxD: Array,
+    unembed_DxV: Array,
+    options: StepOptions,
+    blocks: dict[str, Any],
+) -> Array:
+    """divergence_BxT from the teacher, which reads the sequences here: its logits exist a block at a time.
+
+    Models of one tokenizer may be padded to different vocabularies; rows beyond the shorter one stand for no token.
+    """
+    teacher_hidden_BxSxD, _ = decoder.read(teacher, tokens_BxS, mask_BxS)
+    first = tokens_BxS.shape[1] - hidden_BxTxD.shape[1] - 1
+    teacher_unembed_DxV = decoder.unembedding(teacher)
+    width = min(unembed_DxV.shape[1], teacher_unembed_DxV.shape[1])
+    return teacher_divergence(
+        teacher_hidden_BxSxD[:, first:-1],
+        teacher_unembed_DxV[:, :width],
+        hidden_BxTxD,
+        unembed_DxV[:, :width],
+        kind=options.divergence,
+        beta=options.divergence_beta,
+        top_k=options.top_k,
+        teacher_logit_softcap=teacher.config.final_logit_softcap,
+        **blocks,
+    )
+
+
 def gradients(
-    frozen: Model, params: PyTree, reference: Model | None, trees: TokenTree, options: StepOptions
+    frozen: Model,
+    params: PyTree,
+    reference: Model | None,
+    trees: TokenTree,
+    options: StepOptions,
+    teacher: Model | None = None,
 ) -> tuple[PyTree, dict[str, Array]]:
     """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other."""
 
     def loss(params: PyTree, tree: TokenTree) -> tuple[Array, dict[str, Array]]:
-        return tree_terms(with_trainable(frozen, params), reference, tree, options)
+        return tree_terms(with_trainable(frozen, params), reference, tree, options, teacher)
 
     def part(tree: TokenTree) -> tuple[PyTree, dict[str, Array]]:
         return jax.grad(loss, has_aux=True)(params, tree)
@@ -178,38 +236,80 @@ def make_step(
     mesh: Mesh,
     shardings: TrainState,
     options: StepOptions,
+    teacher: Model | None = None,
 ) -> Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]:
     """Compiles to step(state, trees) → (state, metrics); the state passed in is donated.
 
-    `trees` is a TokenTree of micro-batches, [A, B / A, …], on the devices. A step in which anything is not finite
-    changes nothing: the state that comes back is the one that went in, and metrics["is_finite"] is False.
+    `trees` is a TokenTree of micro-batches, [A, B / A, …], on the devices. One step is `options.updates` updates of the
+    optimizer on these trees; the metrics are those of the last. A step in which anything is not finite changes nothing:
+    the state that comes back is the one that went in, and metrics["is_finite"] is False.
+    """
+    compiled = jit_step(frozen, reference, optimizer, schedule, mesh, shardings, options, teacher)
+    if teacher is None:
+        return lambda state, trees: compiled(state, frozen, reference, trees)
+    return lambda state, trees: compiled(state, frozen, reference, trees, teacher)
+
+
+def jit_step(
+    frozen: Model,
+    reference: Model | None,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    shardings: TrainState,
+    options: StepOptions,
+    teacher: Model | None = None,
+) -> Any:
+    """The jitted function of (state, frozen, reference, trees) behind `make_step`; with a white-box teacher, it comes
+    last.
+
+    Of `frozen`, `reference` and `teacher` only shapes, dtypes and shardings are read here: a planner lowers it from
+    those alone.
     """
 
-    def step(
-        state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree
+    def update(
+        state: TrainState,
+        number: Array,
+        frozen: Model,
+        reference: Model | None,
+        trees: TokenTree,
+        teacher: Model | None,
     ) -> tuple[TrainState, dict[str, Array]]:
-        grads, metrics = gradients(frozen, state.params, reference, trees, options)
+        grads, metrics = gradients(frozen, state.params, reference, trees, options, teacher)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = metrics | {
             "optimizer/grad_norm": optax.global_norm(grads),
             "optimizer/update_norm": optax.global_norm(updates),
-            "optimizer/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "optimizer/learning_rate": jnp.asarray(schedule(number), jnp.float32),
         }
-        is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS])))
-        stepped = TrainState(
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, state)
-        return state, metrics | {"is_finite": is_finite}
+        terms = jnp.stack([metrics[name] for name in TERMS if name in metrics])
+        stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        return stepped, metrics | {"is_finite": jnp.all(jnp.isfinite(terms))}
+
+    def step(
+        state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        fixed = (frozen, reference, trees, teacher)
+        if options.updates == 1:
+            stepped, metrics = update(state, state.step, *fixed)
+        else:
+            numbers = state.step * options.updates + jnp.arange(options.updates)
+            stepped, several = jax.lax.scan(lambda state, number: update(state, number, *fixed), state, numbers)
+            is_finite = jnp.all(several["is_finite"])
+            metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
+        stepped = dataclasses.replace(stepped, step=state.step + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state)
+        return state, metrics
 
     whole = replicated(mesh)
-    compiled = jax.jit(
+    models = (_shardings_of(frozen), _shardings_of(reference))
+    inputs = (shardings, *models, batch_sharding(mesh, axis=1))
+    return jax.jit(
         step,
-        in_shardings=(shardings, _shardings_of(frozen), _shardings_of(reference), batch_sharding(mesh, axis=1)),
+        in_shardings=inputs if teacher is None else (*inputs, _shardings_of(teacher)),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
-    return lambda state, trees: compiled(state, frozen, reference, trees)
 
 
 def _shardings_of(tree: PyTree) -> PyTree:

@@ -1,0 +1,84 @@
+"""Every arm, two steps from prompts to an exported model."""
+
+import pytest
+
+from configs import tiny
+from omniopd_jax.eval.evaluate import Judge
+from omniopd_jax.eval.verdict import Verdict
+from omniopd_jax.teacher.local import LocalTeacher
+from omniopd_jax.train import experiment, loop
+from omniopd_jax.train.metrics import meaning, read_lines
+from tests.train.conftest import tiny_model
+
+GRPO = {"rollout.samples_per_prompt": 4, "objective.normalise": "response", "train.updates_per_batch": 2}
+RUNS = {
+    "imitate": {"objective.confidence_power": 0.5},
+    "sft": {"objective.anchor_weight": 0.0},
+    "opd": {},
+    "grpo": GRPO | {"objective.anchor_estimator": "k3"},
+    "anchor": {},
+    "mixture": {
+        "objective.weights.branch": 0.5,
+        "objective.weights.imitate": 0.5,
+        "objective.weights.sft": 0.1,
+        "objective.num_branches": 2,
+        "train.micro_batch_size": 4,
+    },
+    "sampled": {"objective.arm": "opd", "objective.divergence": "sampled", "objective.anchor_weight": 0.0},
+    "self": {"teacher.kind": "self", "audit.control": "shuffled", "audit.positions": "lowest"},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def run(make_config, model, tokenizer, prompts, compiled, tmp_path_factory):
+    def run(name, teacher="local", **changes):
+        arm = {"objective.arm": name} if name in tiny.ARMS else {}
+        settings = {"train.compilation_cache": compiled, "train.steps": 2, "rollout.max_new_tokens": 16}
+        config = make_config(**settings | arm | RUNS.get(name, {}) | changes)
+        workdir = tmp_path_factory.mktemp(name)
+        if teacher == "local":
+            teacher = LocalTeacher(tiny_model(tokenizer.vocab_size, seed=7), tokenizer)
+        result = loop.run(config, workdir, student=model, tokenizer=tokenizer, teacher=teacher, prompts=prompts)
+        return result, read_lines(workdir / "metrics.jsonl")
+
+    return run
+
+
+def by_length(response, answer):
+    return Verdict(len(response) % 2 == 0, "by length")
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "self"])
+def test_two_steps(run, name, monkeypatch):
+    # a student of random weights is never right: half of its responses shall be
+    monkeypatch.setattr(experiment, "judge_of", lambda *_: Judge(by_length))
+    result, lines = run(name)
+    assert len(lines) == 2
+    assert all(meaning(key) for line in lines for key in line if key != "step")
+    for line in lines:
+        assert line["optimizer/update_norm"] > 0 or name == "anchor"
+    last = lines[-1]
+    is_taught = name in ("imitate", "sft", "mixture")
+    assert (result.teacher_tokens > 0) == is_taught
+    assert ("teacher/total_tokens" in last) == is_taught
+    assert ("rollout/tokens" in last) == (name != "sft")
+    assert ("time/sample_s" in last) == (name != "sft")
+    assert ("opd/divergence" in last) == (name in ("opd", "sampled"))
+    assert ("reward/mean" in last) == (name == "grpo")
+    assert ("sft/answer_tokens" in last) == (name in ("sft", "mixture"))
+    if name == "grpo":
+        assert result.updates == 4
+        assert 0 <= last["update/clip_fraction"] <= 1
+    if name == "anchor":
+        assert lines[0]["optimizer/grad_norm"] < 1e-6
+
+
+def test_the_control_whose_teacher_is_the_student(run):
+    result, lines = run("self", teacher=None)
+    assert result.teacher_tokens > 0
+    assert lines[-1]["audit/target"] > 0
