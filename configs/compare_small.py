@@ -122,6 +122,13 @@ _SWEEPS = (
         for part in (0.5, 1.0)
     ),
     _control("branch_phi_edit", "`branch`, φ = edit", "branch", BRANCH, {"audit.similarity": "edit"}),
+    _control(
+        "sft_long",
+        "SFT, five times the updates and teacher tokens",
+        "sft",
+        _SFT,
+        {"train.steps": 5 * _UPDATES, "train.max_teacher_tokens": 5 * _TEACHER_TOKENS},
+    ),
     _control("branch_anchor", "`branch`, β = 0.1", "branch", BRANCH, {"objective.anchor_weight": 0.1}),
 )
 _TITLES = {
@@ -192,7 +199,7 @@ def get_study(argument: str = "arithmetic") -> dict[str, Any]:
     arms = {
         "arithmetic": (*_MAIN, *_VARIANTS, *_CONTROLS),
         "wrong_teacher": tuple(arm for arm in _MAIN if arm["name"] in ("verify", "branch_repulsion", "sft")),
-        "sweeps": (*(arm for arm in _MAIN if arm["name"] in ("verify", "branch")), *_SWEEPS),
+        "sweeps": (*(arm for arm in _MAIN if arm["name"] in ("verify", "branch", "sft")), *_SWEEPS),
     }.get(section, _MAIN)
     if section == "characters":
         arms = tuple(_of_characters(arm) for arm in arms if arm["settings"]["objective.arm"] != "opd")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ import optax
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.study import design
 from omniopd_jax.train import loop
-from omniopd_jax.train.experiment import prepare
+from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts
 from omniopd_jax.types import InputError
 
@@ -76,32 +75,25 @@ def reference_config(common: Mapping[str, Any], kind: str, *, seed: int = 0) -> 
     return configured(common, settings, seed=seed + _SEEDS_APART)
 
 
-def gather(
-    config: Config, workdir: Path, batches: int, progress: Callable[[int, int], None] | None = None
-) -> Gradients:
+def gather(experiment: Experiment, batches: int, progress: Callable[[int, int], None] | None = None) -> Gradients:
     """The gradients of the first batches of a run that changes nothing.
 
     Args:
-      config: from `configured`.
-      workdir: a folder of its own; nothing in it is kept for a second call.
+      experiment: prepared under a config from `configured`, no step taken.
       batches: how many.
       progress: called with (batches done, batches in all).
     """
-    experiment = prepare(config, workdir)
     rows, tokens, clock = [], [], loop.Clock()
-    try:
-        with Interrupts().installed() as interrupts:
-            for index in range(batches):
-                before = experiment.spent.completion_tokens
-                loop.one_step(experiment, index, clock, interrupts)
-                moment = jax.device_get(optax.tree.get(experiment.state.opt_state, "mu"))
-                rows.append(np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(moment)]))
-                tokens.append(experiment.spent.completion_tokens - before)
-                interrupts.check()
-                if progress is not None:
-                    progress(index + 1, batches)
-    finally:
-        experiment.close()
+    with Interrupts().installed() as interrupts:
+        for index in range(batches):
+            before = experiment.spent.completion_tokens
+            loop.one_step(experiment, index, clock, interrupts)
+            moment = jax.device_get(optax.tree.get(experiment.state.opt_state, "mu"))
+            rows.append(np.concatenate([np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(moment)]))
+            tokens.append(experiment.spent.completion_tokens - before)
+            interrupts.check()
+            if progress is not None:
+                progress(index + 1, batches)
     return Gradients(np.stack(rows), np.array(tokens, np.int64))
 
 

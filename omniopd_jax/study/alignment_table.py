@@ -13,6 +13,7 @@ import numpy as np
 
 from omniopd_jax.study import alignment
 from omniopd_jax.study.alignment import REFERENCES, Alignment, Gradients
+from omniopd_jax.train.experiment import prepare
 
 Progress = Callable[[str, int, int], None]  # (what, batches done, batches in all)
 
@@ -89,9 +90,11 @@ def _reference(common: Mapping[str, Any], kind: str, batches: int, folder: Path,
 
 def _gather(config: Any, folder: Path, batches: int, title: str, progress: Progress) -> Gradients:
     shutil.rmtree(folder, ignore_errors=True)  # left behind by a call that was stopped
+    experiment = prepare(config, folder)
     try:
-        return alignment.gather(config, folder, batches, lambda done, total: progress(title, done, total))
+        return alignment.gather(experiment, batches, lambda done, total: progress(title, done, total))
     finally:
+        experiment.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
