@@ -64,20 +64,20 @@ def do_all(
       poll_s: seconds between looks at the processes.
 
     Raises:
-      RunFailed: a job ended with an error; the others under way are waited for.
+      RunFailed: jobs ended with an error; everything that does not need them was done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | (dict(ONE_THREAD) if workers > 1 else {})
     active: dict[str, tuple[subprocess.Popen, float]] = {}
-    failed = ""
+    failed: list[str] = []
     try:
         while True:
             for job, (process, began) in list(active.items()):
                 if process.poll() is not None:
                     del active[job]
                     report(f"{job}: {'done' if process.returncode == 0 else 'FAILED'}, {time.time() - began:.0f} s")
-                    failed = failed or (job if process.returncode else "")
-            jobs = [] if failed else [job for job in next_jobs(study, folder) if job not in active]
+                    failed += [job] if process.returncode else []
+            jobs = [job for job in next_jobs(study, folder) if job not in active and job not in failed]
             for job in jobs[: workers - len(active)]:
                 log = _log(folder, job)
                 log.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +96,10 @@ def do_all(
         for process, _ in active.values():
             process.wait()
     if failed:
-        log = _log(folder, failed)
+        log = _log(folder, failed[0])
         last = " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
-        raise RunFailed(f"{failed} failed ({log}): {last}")
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise RunFailed(f"{failed[0]}{more} failed ({log}): {last}")
 
 
 def next_jobs(study: Study, folder: Path) -> list[str]:

@@ -73,12 +73,13 @@ def test_no_more_than_so_many_at_a_time(study, tmp_path):
     assert [line.rpartition(" ")[2] for line in said[::2]] == ["started"] * (len(said) // 2)
 
 
-def test_a_job_that_breaks_ends_the_study_with_its_last_words(study, tmp_path):
+def test_a_job_that_breaks_is_named_with_its_last_words(study, tmp_path):
     broken = Run("b", GRID[0], 0)
     with pytest.raises(schedule.RunFailed, match=r"seed-0 failed .*this one breaks"):
         run_all(study, tmp_path, fail=broken.path, workers=1)
+    assert (tmp_path / "s" / Run("a", 4e-4, 1).path / MEASURED).is_file(), "the other arms are not held up"
     folder, said = run_all(study, tmp_path)
-    assert said[0] == f"{broken.path}: started", "what was finished before it is kept"
+    assert said[0] == f"{broken.path}: started", "what is finished is kept"
     assert schedule.next_jobs(study, folder) == []
 
 
