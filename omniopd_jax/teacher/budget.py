@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omniopd_jax.config import Config, ConfigError, TeacherConfig
+from omniopd_jax.config import Config, ConfigError, TeacherConfig, mixed_arms
 from omniopd_jax.teacher.capabilities import find_capability
 from omniopd_jax.teacher.protocol import BudgetExhausted, Usage
 
@@ -239,13 +239,8 @@ def projected_cost(config: Config) -> str:
     Raises:
       ConfigError: a cap in dollars without a price, or a file of prices or capabilities that cannot be read.
     """
-    teacher, audit, rollout = config.teacher, config.audit, config.rollout
-    samples_a_call = find_capability(teacher.kind, teacher.model, teacher.base_url, teacher.capabilities).max_n
-    fitting = int(rollout.max_new_tokens * audit.max_fraction // audit.chunk_tokens)
-    chunks = rollout.batch_size * max(1, min(audit.num_chunks, fitting))
-    calls = chunks * math.ceil(audit.num_continuations / samples_a_call)
-    prompt_tokens = calls * (config.data.max_prompt_tokens + rollout.max_new_tokens / 2)
-    completion_tokens = chunks * audit.num_continuations * audit.chunk_tokens * teacher.token_slack
+    teacher = config.teacher
+    calls, prompt_tokens, completion_tokens, assumed = _asked(config)
     steps = config.train.steps
     price = run_price(teacher)
     lines = [
@@ -261,14 +256,37 @@ def projected_cost(config: Config) -> str:
         )
     else:
         lines.append("No price is known for it; config.teacher.prices may name a file with one.")
-    lines.append(
-        f"An estimate: every chunk of every response is audited, {min(samples_a_call, audit.num_continuations)} of "
-        f"{audit.num_continuations} samples a call, prompts of {config.data.max_prompt_tokens} tokens, prefixes of "
-        f"{rollout.max_new_tokens // 2} in the mean, no call repeated, tokens as the student counts them."
-    )
+    lines.append(f"An estimate: {assumed}, no call repeated, tokens as the student counts them.")
     caps = [f"{value:g} {name}" for name, value in _caps(config).items() if value]
     lines.append(f"The run stops at {' or '.join(caps)}." if caps else "No cap is set.")
     return " ".join(lines)
+
+
+def _asked(config: Config) -> tuple[int, float, float, str]:
+    """(calls, prompt tokens, completion tokens, what that assumes) of a step: whole answers, chunks, or both."""
+    teacher, audit, rollout = config.teacher, config.audit, config.rollout
+    arms = mixed_arms(config.objective)
+    calls, prompt_tokens, completion_tokens, assumed = 0, 0.0, 0.0, []
+    if {"verify", "branch", "imitate"} & set(arms):
+        samples_a_call = find_capability(teacher.kind, teacher.model, teacher.base_url, teacher.capabilities).max_n
+        fitting = int(rollout.max_new_tokens * audit.max_fraction // audit.chunk_tokens)
+        chunks = rollout.batch_size * max(1, min(audit.num_chunks, fitting))
+        calls = chunks * math.ceil(audit.num_continuations / samples_a_call)
+        prompt_tokens = calls * (config.data.max_prompt_tokens + rollout.max_new_tokens / 2)
+        completion_tokens = chunks * audit.num_continuations * audit.chunk_tokens * teacher.token_slack
+        assumed.append(
+            f"every chunk of every response is audited, {min(samples_a_call, audit.num_continuations)} of "
+            f"{audit.num_continuations} samples a call, prompts of {config.data.max_prompt_tokens} tokens, prefixes of "
+            f"{rollout.max_new_tokens // 2} in the mean"
+        )
+    if "sft" in arms:
+        calls += rollout.batch_size
+        prompt_tokens += rollout.batch_size * config.data.max_prompt_tokens
+        completion_tokens += rollout.batch_size * rollout.max_new_tokens * teacher.token_slack
+        assumed.append(
+            f"a whole answer for every row, as long as allowed, to prompts of {config.data.max_prompt_tokens} tokens"
+        )
+    return calls, prompt_tokens, completion_tokens, ", and ".join(assumed) or "no arm asks the teacher"
 
 
 def _caps(config: Config) -> dict[str, float]:
