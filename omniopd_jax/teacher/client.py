@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import dataclasses
 import json
 import random
@@ -97,6 +98,7 @@ class ApiTeacher:
         self._gate = Gate(config.max_concurrency)
         self._requests = RateLimit(config.requests_per_minute)
         self._tokens = RateLimit(config.tokens_per_minute)
+        self._running: set[concurrent.futures.Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -163,6 +165,7 @@ class ApiTeacher:
 
     def _run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._running.add(future)
         try:
             return future.result()
         except TeacherStopped as stopped:  # names and messages of a server are in it
@@ -171,6 +174,13 @@ class ApiTeacher:
         except BaseException:
             future.cancel()  # the caller was interrupted: what is in flight must not go on spending
             raise
+        finally:
+            self._running.discard(future)
+
+    def cancel(self) -> None:
+        """Ends the calls that other threads wait for: what is in flight must not go on spending."""
+        for future in list(self._running):
+            future.cancel()
 
     def _kept_finding(self) -> Finding:
         kept = self._cache.get_finding(self.name, self._config.mode) if self._cache is not None else None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from omniopd_jax.teacher.verify import verify
-from omniopd_jax.train import distributed
+from omniopd_jax.train import distributed, pipeline
+from omniopd_jax.train.credit import Evidence
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts
-from omniopd_jax.types import Anchors, Branches, PromptBatch, Rollout, Verdicts
+from omniopd_jax.types import Anchors, PromptBatch, Verdicts
+
+if TYPE_CHECKING:
+    from omniopd_jax.train.loop import Clock
 
 
 class Audit(NamedTuple):
@@ -58,45 +62,71 @@ _MEAN_OVER = {
 
 
 def audit(
-    experiment: Experiment,
-    batch: PromptBatch,
-    rollout: Rollout,
-    anchors: Anchors,
-    branches: Branches | None,
-    *,
-    step: int,
-    interrupts: Interrupts,
-) -> Audit:
-    """The audit of a batch. Host arrays, whole on every process; what comes back is whole on every process too.
+    experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
+) -> tuple[list[Evidence], Audit]:
+    """The audit of a batch, micro-batch by micro-batch: one is sampled while the teacher works on the one before.
+
+    Args:
+      experiment: the run.
+      parts: the micro-batches, sampled as they are asked for: a batch, its rollout, anchors and branches. Host arrays,
+        whole on every process.
+      step: for messages and audits.
+      interrupts: cut a wait for the teacher short.
+      clock: of the phase "audit", which then runs beside "sample".
+
+    Returns:
+      The micro-batches, and the audit of all their rows together, whole on every process.
 
     Raises:
       TeacherStopped, Interrupted: on this process.
       PeerStopped, PeerFailed: on another one.
     """
+    sampled: list[Evidence] = []
 
-    def own() -> Audit:
+    def sample() -> Iterator[Evidence]:
+        for part in parts:
+            sampled.append(part)
+            yield part
+
+    def about(part: Evidence) -> Audit:
+        with clock.phase("audit"):
+            return ask(experiment, part, step)
+
+    def one_after_the_other() -> Audit:
         with interrupts.abandonable():
-            return ask(
-                experiment, batch, rollout, _only(anchors, distributed.share(len(batch.prompts))), branches, step
+            return joined([about(part) for part in sampled])
+
+    def side_by_side() -> Audit:
+        return joined(
+            pipeline.overlapped(
+                sample(),
+                about,
+                waiting=interrupts.abandonable,
+                stop=getattr(experiment.teacher, "cancel", None),
+                # Sampling is a collective: the other processes go on with it whatever happened to this one's teacher.
+                to_the_end=distributed.has_peers(),
             )
+        )
 
-    return united(distributed.collect(own))
+    if experiment.config.pipeline.micro_batches > 1:
+        found = distributed.collect(side_by_side)
+    else:
+        for _ in sample():
+            pass
+        found = distributed.collect(one_after_the_other)
+    return sampled, united(found)
 
 
-def ask(
-    experiment: Experiment,
-    batch: PromptBatch,
-    rollout: Rollout,
-    anchors: Anchors,
-    branches: Branches | None,
-    step: int,
-) -> Audit:
-    """This process's questions about the anchors given, and what came back."""
+def ask(experiment: Experiment, part: Evidence, step: int) -> Audit:
+    """This process's questions about its share of the rows, and what came back."""
+    batch, rollout, anchors = part.batch, part.rollout, part.anchors
+    assert rollout is not None
+    assert anchors is not None
     verdicts, records, asked = verify(
         batch,
         rollout,
-        anchors,
-        branches,
+        _only(anchors, distributed.share(len(batch.prompts))),
+        part.branches,
         tokenizer=experiment.tokenizer,
         teacher=experiment.teacher,
         similarity=experiment.similarity,
@@ -126,7 +156,8 @@ def united(parts: Sequence[Audit]) -> Audit:
     verdicts = jax.tree.map(lambda *arrays: np.sum(arrays, axis=0, dtype=arrays[0].dtype), *_arrays(parts))
     return Audit(
         verdicts=Verdicts(**verdicts),
-        records=[record for part in parts for record in part.records],
+        # stable: the chunks of a response stay in their order
+        records=sorted((record for part in parts for record in part.records), key=lambda record: record["response"]),
         asked=_metrics(parts, seconds=max, ledger=sum),
     )
 
@@ -145,6 +176,28 @@ def joined(parts: Sequence[Audit]) -> Audit:
         records=records,
         asked=_metrics(parts, seconds=sum, ledger=max),
     )
+
+
+def rows_of(batch: PromptBatch, count: int) -> list[PromptBatch]:
+    """The batch in `count` equal parts, rows in their order."""
+    size = len(batch.prompts) // count
+    return [
+        PromptBatch(
+            prompts=batch.prompts[start : start + size],
+            tokens_BxP=batch.tokens_BxP[start : start + size],
+            mask_BxP=batch.mask_BxP[start : start + size],
+            sample_index_B=batch.sample_index_B[start : start + size],
+        )
+        for start in range(0, len(batch.prompts), size)
+    ]
+
+
+def whole(parts: Sequence[Evidence], batch: PromptBatch) -> Evidence:
+    """What was gathered about a batch, from its micro-batches."""
+    if len(parts) == 1:
+        return parts[0]
+    gathered = [part._replace(batch=None) for part in parts]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *gathered)._replace(batch=batch)
 
 
 def _arrays(parts: Sequence[Audit]) -> list[dict[str, np.ndarray | None]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from omniopd_jax.train import batching
 from omniopd_jax.train.answers import answers_of, merged
-from omniopd_jax.train.audit import audit
+from omniopd_jax.train.audit import audit, rows_of, whole
 from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts, check_finite
@@ -44,23 +44,16 @@ def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interr
     `index` (from 0)."""
     config, needs, step = experiment.config, experiment.needs, index + 1
     evidence = Evidence(experiment.stream.batch_for_step(index))
-    if needs.responses:
-        evidence = _respond(experiment, evidence, index, clock)
+    # Only a teacher to wait for is worth the smaller batches.
+    count = config.pipeline.micro_batches if needs.chunks else 1
+    parts = (_respond(experiment, Evidence(part), index, clock) for part in rows_of(evidence.batch, count))
     audits, asked = [], []
+    if needs.chunks:
+        sampled, (verdicts, audits, metrics) = audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)
+        evidence, asked = whole(sampled, evidence.batch)._replace(verdicts=verdicts), [metrics]
+    elif needs.responses:
+        evidence = next(parts)
     with clock.phase("audit"):
-        if needs.chunks:
-            assert evidence.rollout is not None
-            assert evidence.anchors is not None
-            verdicts, audits, metrics = audit(
-                experiment,
-                evidence.batch,
-                evidence.rollout,
-                evidence.anchors,
-                evidence.branches,
-                step=step,
-                interrupts=interrupts,
-            )
-            evidence, asked = evidence._replace(verdicts=verdicts), [metrics]
         if needs.answers:
             answers, metrics = answers_of(experiment, evidence.batch, step=step, interrupts=interrupts)
             evidence, asked = evidence._replace(answers=answers), [*asked, metrics]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from omniopd_jax.config import Config, ConfigError
@@ -27,16 +28,25 @@ def check_staleness(config: Config) -> None:
         )
 
 
-def overlapped(first: Iterable[S], second: Callable[[S], T], *, stop: Callable[[], Any] = lambda: None) -> list[T]:
+def overlapped(
+    first: Iterable[S],
+    second: Callable[[S], T],
+    *,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    stop: Callable[[], Any] | None = None,
+    to_the_end: bool = False,
+) -> list[T]:
     """[second(item) for item in first], where `second` runs on a thread of its own, in the order of the items.
 
     Args:
       first: its items are made on this thread, each as soon as the one before it is handed over.
       second: must not enter a collective: the threads' order differs from process to process.
+      waiting: entered while this thread only waits for `second`.
       stop: called when this thread is interrupted while `second` works, to cut that short.
+      to_the_end: all items are made even where `second` has failed.
 
     Raises:
-      Exception: the first that `second` raised; `first` is not read on from there.
+      Exception: the first that `second` raised.
     """
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
@@ -55,24 +65,25 @@ def overlapped(first: Iterable[S], second: Callable[[S], T], *, stop: Callable[[
     # A daemon: a thread that waits for a dead teacher must not keep an interrupted process alive.
     thread = threading.Thread(target=work, name="audit", daemon=True)
     thread.start()
-    results: list[T] = []
+    results: list[Any] = []
     count = 0
     try:
         for item in first:
-            if has_failed.is_set():
+            if has_failed.is_set() and not to_the_end:
                 break
             inbox.put(item)
             count += 1
         inbox.put(end)
-        for _ in range(count):
-            result, error = outcomes.get()
-            if error is not None:
-                raise error
-            results.append(result)  # type: ignore[arg-type]
-        thread.join()
+        with waiting():
+            for _ in range(count):
+                result, error = outcomes.get()
+                if error is not None:
+                    raise error
+                results.append(result)
+            thread.join()
     except BaseException:
-        if thread.is_alive():
-            inbox.put(end)
+        inbox.put(end)
+        if thread.is_alive() and stop is not None:
             stop()
         raise
     return results
