@@ -15,6 +15,7 @@ from omniopd_jax.eval.code import make_sandbox
 from omniopd_jax.eval.sandbox import Limits, LocalSandbox
 from omniopd_jax.types import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(timeout_s=5.0, memory_mb=256)
 TESTS = "assert double(2) == 4\nassert double(3) == 6"
 HONEST = "def double(x):\n    return 2 * x\n"
@@ -104,23 +105,23 @@ def test_a_fork_bomb_is_bounded_and_leaves_nothing_behind(local):
     assert not _left_behind(marked)
 
 
-def _left_behind(limits: Limits) -> list[str]:
+def _living(limits: Limits) -> list[str]:
     """Processes of a sandbox, told by the runner's source and by limits that no other run has in the command line."""
     mark = f'"memory_mb": {limits.memory_mb}'.encode()
+    living = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"What runs inside a sandbox" in line and mark in line:
+            living.append(folder.name)
+    return living
 
-    def found() -> list[str]:
-        living = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                line = (folder / "cmdline").read_bytes()
-                if b"What runs inside a sandbox" in line and mark in line:
-                    living.append(folder.name)
-            except OSError:
-                continue
-        return living
 
+def _left_behind(limits: Limits) -> list[str]:
     deadline = time.monotonic() + 5
-    while (left := found()) and time.monotonic() < deadline:
+    while (left := _living(limits)) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel ends a namespace's processes one by one
     return left
 
@@ -130,6 +131,24 @@ def test_a_process_that_leaves_its_group_dies_with_the_rest(local):
     program += "    os._exit(0)\ntime.sleep(0.2)\n"
     marked = Limits(timeout_s=5.0, memory_mb=257 if local.wall == "bubblewrap" else 259)
     assert local.run_program(program, "", marked)[1] == ""
+    assert not _left_behind(marked)
+
+
+def test_it_dies_with_the_process_that_started_it(local):
+    script = "import sys\nfrom omniopd_jax.eval import sandbox\nlocal = sandbox.LocalSandbox(allow_unsandboxed=True)\n"
+    script += f"local.wall = {local.wall!r}\nprint('started', flush=True)\n"
+    marked = Limits(timeout_s=60.0, memory_mb=261 if local.wall == "bubblewrap" else 263)
+    script += f"local.run_program('import time; time.sleep(60)', '', sandbox.{marked!r})\n"
+    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
+    assert owner.stdout is not None
+    with owner.stdout:
+        owner.stdout.readline()
+        deadline = time.monotonic() + 20
+        while not _living(marked) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _living(marked)
+        owner.kill()
+        owner.wait()
     assert not _left_behind(marked)
 
 
