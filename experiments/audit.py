@@ -70,6 +70,7 @@ def first_alone(anchors: Anchors) -> Anchors:
 
 
 def _show(config: Config, workdir: Path) -> None:
+    from omniopd_jax.train.credit import needs_of
     from omniopd_jax.train.experiment import prepare
     from omniopd_jax.train.loop import Clock
     from omniopd_jax.train.observation import observe
@@ -79,6 +80,10 @@ def _show(config: Config, workdir: Path) -> None:
     is_raw = not config.data.use_chat_template
     system = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
     prompt = Prompt("prompt", (*system, Message("user", str(_PROMPT.value))), is_raw=is_raw)
+    if not needs_of(config).chunks:
+        raise InputError(
+            f"config.objective.arm={config.objective.arm!r} audits no chunks: choose verify, branch or imitate."
+        )
     experiment = prepare(config, workdir, prompts=[prompt])
     choose = experiment.student.choose
     experiment.student = experiment.student._replace(choose=lambda *seen: first_alone(choose(*seen)))

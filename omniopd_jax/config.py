@@ -503,7 +503,7 @@ def validate(config: Config) -> None:
             f"config.train.checkpoint_best={train.checkpoint_best!r} needs config.eval.every: an evaluation "
             "tells which checkpoint is the best."
         )
-    has_chunks = bool({"verify", "branch", "imitate"} & set(mixed_arms(config.objective)))
+    has_chunks = bool({"verify", "branch", "imitate"} & set(mixed_arms(config.objective.arm, config.objective.weights)))
     if has_chunks and audit.chunk_tokens > rollout.max_new_tokens * audit.max_fraction:
         raise ConfigError(
             f"config.audit.chunk_tokens={audit.chunk_tokens} never fits: a response has at most "
@@ -529,11 +529,11 @@ def validate(config: Config) -> None:
         raise ConfigError(f"config.lora.targets is not a regular expression: {error}.") from error
 
 
-def mixed_arms(objective: ObjectiveConfig) -> dict[str, float]:
+def mixed_arms(arm: str, weights: WeightsConfig) -> dict[str, float]:
     """The arms that are trained and the weight of each: the one of `objective.arm`, or those of a mixture."""
-    if objective.arm != "mixture":
-        return {objective.arm: 1.0}
-    return {name: weight for name, weight in dataclasses.asdict(objective.weights).items() if weight > 0}
+    if arm != "mixture":
+        return {arm: 1.0}
+    return {name: weight for name, weight in dataclasses.asdict(weights).items() if weight > 0}
 
 
 def _check_arms(config: Config) -> None:
@@ -541,7 +541,7 @@ def _check_arms(config: Config) -> None:
     for name, weight in dataclasses.asdict(objective.weights).items():
         if not weight >= 0:
             raise ConfigError(f"config.objective.weights.{name} must not be negative, got {weight}.")
-    arms = mixed_arms(objective)
+    arms = mixed_arms(objective.arm, objective.weights)
     if not arms:
         raise ConfigError("config.objective.arm='mixture' needs a weight above 0 in config.objective.weights.")
     if "branch" in arms and objective.num_branches < 2:

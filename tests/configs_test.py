@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, compare_small
+from configs import base, compare_small, tiny
 from omniopd_jax import config as config_lib
 from omniopd_jax.config import ConfigError
 from omniopd_jax.train import small_world
@@ -19,7 +19,11 @@ from omniopd_jax.worlds import WORLDS, get_world
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")]
-ARGUMENTS = {"compare_small": ("", "fast", *compare_small.SECTIONS), "quickstart": ("", "recommended", "published")}
+ARGUMENTS = {
+    "tiny": ("", *tiny.ARMS),
+    "compare_small": ("", "fast", *compare_small.SECTIONS),
+    "quickstart": ("", "recommended", "published"),
+}
 
 
 def _cases():
@@ -165,6 +169,14 @@ def test_the_data_section_of_a_work_directory(tmp_path):
         ({"world.size": 1, "world.train_problems": 90, "world.eval_problems": 11}, "101 in all, but of"),
         ({"audit.chunk_tokens": 300}, "config.audit.chunk_tokens=300 never fits"),
         ({"objective.arm": "branch", "objective.num_branches": 1}, "at least 2"),
+        ({"objective.arm": "grpo"}, "config.rollout.samples_per_prompt=1 must be at least 2"),
+        ({"objective.arm": "opd", "teacher.kind": "anthropic"}, "config.teacher.kind='anthropic' shows no logits"),
+        ({"objective.arm": "opd", "objective.divergence": "sampled", "objective.top_k": 5}, "top_k must be 0"),
+        ({"objective.arm": "mixture"}, "needs a weight above 0 in config.objective.weights"),
+        ({"objective.weights.branch": -1.0}, "config.objective.weights.branch must not be negative"),
+        ({"objective.normalise": "response"}, "does not fit arm 'verify', whose unit is the chunk"),
+        ({"objective.arm": "sft", "audit.control": "shuffled"}, "replaces scores, which arm 'sft' does not use"),
+        ({"train.updates_per_batch": 2}, "must be 1 with arm 'verify'"),
         ({"lora.targets": "("}, "not a regular expression"),
         (
             {"rollout.batch_size": 8, "pipeline.micro_batches": 3},

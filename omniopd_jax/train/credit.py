@@ -43,14 +43,19 @@ class Credit(NamedTuple):
     branch_advantage_BxMxG: np.ndarray | None = None
 
 
+def arms_of(config: Config) -> dict[str, float]:
+    """The arms that are trained and the weight of each."""
+    return mixed_arms(config.objective.arm, config.objective.weights)
+
+
 def needs_of(config: Config) -> Needs:
     """What the arms of the config need together."""
-    return registry.needs_of(mixed_arms(config.objective), config.objective.divergence)
+    return registry.needs_of(arms_of(config), config.objective.divergence)
 
 
 def puts_weight_on_trunk(config: Config) -> bool:
     """Whether an arm weighs log π of trunk tokens (the ratio and divergences are terms of their own)."""
-    arms = mixed_arms(config.objective)
+    arms = arms_of(config)
     return bool({"verify", "sft"} & set(arms)) or ("opd" in arms and config.objective.divergence == "sampled")
 
 
@@ -78,7 +83,7 @@ def give_credit(config: Config, evidence: Evidence, step: int) -> Credit:
       evidence: what they need.
       step: with the run's seed it names what `audit.control` draws.
     """
-    mixture = tuple(mixed_arms(config.objective).items())
+    mixture = tuple(arms_of(config).items())
     key = prng.named_key(config.train.seed, step, "control")
     weights, carried_BxT, prior_BxM = to_host(
         _weights(_seen(evidence), key, mixture, settings_of(config), config.audit.control)

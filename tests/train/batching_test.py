@@ -110,3 +110,36 @@ def test_micro_batches_are_consecutive_rows():
     tree = random_tree(3, has_trunk_weight=True)
     parts = batching.micro_batches(tree, 3)
     np.testing.assert_array_equal(parts.tokens_BxT[1], tree.tokens_BxT[2:4])
+
+
+def test_what_only_some_arms_have_is_packed_with_the_rest():
+    rng = np.random.default_rng(3)
+    rows, tokens, slots = 4, 40, 8
+    mask = np.arange(tokens) < np.array([40, 20, 9, 30])[:, None]
+    weight = np.where(np.arange(tokens) < 18, rng.normal(size=(rows, tokens)), 0).astype(np.float32) * mask
+    power = np.where(np.arange(slots) < 4, 0.5, 0).astype(np.float32) * np.ones((rows, 1), np.float32)
+    tree = TokenTree(
+        prompt_tokens_BxP=np.zeros((rows, 2), np.int32),
+        prompt_mask_BxP=np.ones((rows, 2), bool),
+        tokens_BxT=rng.integers(0, 9, (rows, tokens)).astype(np.int32),
+        mask_BxT=mask,
+        weight_BxT=np.zeros((rows, tokens), np.float32),
+        anchor_weight_BxT=np.zeros((rows, tokens), np.float32),
+        branch_tokens_BxRxC=np.ones((rows, slots, 2), np.int32),
+        branch_mask_BxRxC=np.ones((rows, slots, 2), bool),
+        branch_weight_BxRxC=np.ones((rows, slots, 2), np.float32),
+        branch_start_BxR=np.ones((rows, slots), np.int32),
+        ratio_weight_BxT=weight,
+        old_logprob_BxT=rng.normal(size=(rows, tokens)).astype(np.float32),
+        divergence_weight_BxT=np.abs(weight),
+        power_BxT=np.full((rows, tokens), 0.5, np.float32),
+        branch_power_BxR=power,
+    )
+    packed = batching.pack(tree, smallest_branches=2)
+    end = packed.tokens_BxT.shape[1]
+    assert 18 <= end < tokens, "the trunk ends where the last of any weight does"
+    for name in ("ratio_weight_BxT", "divergence_weight_BxT", "old_logprob_BxT", "power_BxT"):
+        np.testing.assert_array_equal(getattr(packed, name), getattr(tree, name)[:, :end])
+    # equal branches are one, but not across powers
+    np.testing.assert_array_equal(packed.branch_weight_BxRxC, np.full((rows, 2, 2), 4.0))
+    np.testing.assert_array_equal(np.sort(packed.branch_power_BxR), [[0, 0.5]] * rows)

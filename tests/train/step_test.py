@@ -300,3 +300,74 @@ GOLDEN: dict[str, float] = {
     "optimizer/learning_rate": 0.003,
     "delta": 0.4174745976924896,
 }
+
+
+def test_a_white_box_teacher_is_read_in_the_step(model, reference):
+    """The divergence term against dense softmaxes in float64."""
+    tree, taught = make_tree(), sharp(model, 8)
+    each = np.where(tree.mask_BxT, np.float32(1 / tree.mask_BxT.sum()), np.float32(0))
+    tree = tree.replace(divergence_weight_BxT=each)
+    options = dataclasses.replace(OPTIONS, has_trunk=False, has_anchor=False, divergence="forward_kl")
+
+    def terms(params, teacher):
+        return tree_terms(model.replace(params=params), None, tree, options, teacher)
+
+    found = jax.jit(terms)(model.params, taught)[1]
+    tokens = np.concatenate([tree.prompt_tokens_BxP, tree.tokens_BxT], axis=1)
+    mask = np.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1)
+    ours, theirs = (
+        scipy.special.log_softmax(np.asarray(jax.jit(models.logits)(of, tokens, mask), np.float64)[:, P - 1 : -1], -1)
+        for of in (model, taught)
+    )
+    expected = (np.exp(theirs) * (theirs - ours)).sum(-1)[tree.mask_BxT].mean()
+    np.testing.assert_allclose(found["loss/divergence"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["opd/divergence_sum"] / found["opd/tokens"], expected, rtol=1e-5)
+
+
+def test_several_updates_on_a_batch_are_as_many_steps_on_it(model, reference, make_config):
+    """μ = 2 is two plain updates, and only the second one's ratio is not 1."""
+    config = make_config(**{"optimizer.warmup_steps": 0})
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, 10)
+    shardings = state_shardings(mesh, model, optimizer)
+    tree = make_tree()
+    logprob = scipy.special.log_softmax(
+        np.asarray(
+            jax.jit(models.logits)(
+                model,
+                np.concatenate([tree.prompt_tokens_BxP, tree.tokens_BxT], axis=1),
+                np.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1),
+            ),
+            np.float64,
+        )[:, P - 1 : -1],
+        axis=-1,
+    )
+    old = np.take_along_axis(logprob, tree.tokens_BxT[..., None], axis=-1)[..., 0].astype(np.float32)
+    none = np.zeros((B, 0, 1))
+    tree = tree.replace(
+        weight_BxT=0 * tree.weight_BxT,
+        ratio_weight_BxT=np.where(tree.mask_BxT, np.float32(0.5 / tree.mask_BxT.sum()), np.float32(0)),
+        old_logprob_BxT=old,
+        branch_tokens_BxRxC=none.astype(np.int32),
+        branch_mask_BxRxC=none.astype(bool),
+        branch_weight_BxRxC=none.astype(np.float32),
+        branch_start_BxR=np.zeros((B, 0), np.int32),
+    )
+
+    def run(steps, updates):
+        options = dataclasses.replace(OPTIONS, has_trunk=False, has_anchor=False, updates=updates)
+        schedule = learning_rate_schedule(config.optimizer, 10)
+        step = make_step(without_trainable(model), None, optimizer, schedule, mesh, shardings, options)
+        state, metrics = init_state(model, optimizer, shardings), []
+        for _ in range(steps):
+            state, found = step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))
+            metrics.append(jax.device_get(found))
+        return state, metrics
+
+    one_by_one, (first, second) = run(2, 1)
+    together, (last,) = run(1, 2)
+    np.testing.assert_allclose(first["loss/ratio"], -0.5, rtol=1e-5)
+    assert first["update/clipped"] == 0
+    np.testing.assert_allclose(last["loss/ratio"], second["loss/ratio"], rtol=1e-5)
+    assert int(together.step) == 1
+    assert_close(together.params, one_by_one.params, 1e-5)
