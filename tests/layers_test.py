@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "quiet", "gathering",
     },
     "study": {"types", "prng", "config", "algo", "models", "rollout", "data", "worlds", "eval", "train"},
+    "plan": {"types", "prng", "config", "models", "rollout", "teacher", "train", "worlds"},
     "report": set(),
     "bench": {
         "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",

@@ -11,6 +11,17 @@ import jax.numpy as jnp
 from omniopd_jax.models import KVCache
 from omniopd_jax.types import Array
 
+TILE = 128  # an array whose last axis is a multiple of it is stored on a TPU as the decoding loop wants it
+
+
+def roomy(columns: int) -> int:
+    """At least so many columns: of long caches a multiple of a TPU's tile.
+
+    Of any other number a TPU stores keys in another order between programs, and every decoding loop begins and ends
+    with a copy of the whole cache, which has to fit beside it. Short caches stay as they are: nothing is gained there.
+    """
+    return columns if columns < 4 * TILE else -(-columns // TILE) * TILE
+
 
 def widen(cache: KVCache, columns: int) -> KVCache:
     """The same cache with room for more columns."""

@@ -16,7 +16,7 @@ from flax import struct
 
 from omniopd_jax import gathering, models
 from omniopd_jax.rollout import decoding, sampling
-from omniopd_jax.rollout.columns import replace_rows, widen
+from omniopd_jax.rollout.columns import replace_rows, roomy, widen
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
 
@@ -25,7 +25,7 @@ from omniopd_jax.types import Array, Rollout
 class Slots:
     """B slots between two rounds, and what all W responses have so far. A slot that never had a prompt has row W."""
 
-    cache: models.KVCache  # P + T - 1 columns, used as a ring: no response needs more
+    cache: models.KVCache  # P + T - 1 columns or a few more, used as a ring: no response needs more
     row_B: Array  # int32, which of the W prompts the slot works on
     token_B: Array  # int32, the last drawn token, not in the cache yet
     drawn_B: Array  # int32, tokens drawn so far
@@ -84,7 +84,7 @@ def empty_slots(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_t
     nothing = jnp.zeros((slots, 1), jnp.int32)
     _, cache = models.read(model, nothing, nothing > 0, cache_length=1)
     assert cache is not None  # a length was given
-    cache = widen(cache, width + max_new_tokens - 1)
+    cache = widen(cache, roomy(width + max_new_tokens - 1))
     shape = (num_prompts, max_new_tokens)
     return Slots(
         cache=dataclasses.replace(cache, length=jnp.asarray(width, jnp.int32)),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from omniopd_jax import models
 from omniopd_jax.rollout import decoding, refill, sampling
-from omniopd_jax.rollout.columns import widen
+from omniopd_jax.rollout.columns import roomy, widen
 from omniopd_jax.rollout.decoding import DecodingState
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
@@ -89,7 +89,7 @@ def sample(
     state = read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
     for until in segments(max_new_tokens):
         # The last token drawn is never read back, so it needs no column.
-        state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=width + until - 1))
+        state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=roomy(width + until - 1)))
         state = decode_segment(model, state, keys_B, until=until, rule=rule)
         if until < max_new_tokens and not jnp.any(state.is_active_A):
             break

@@ -1,0 +1,233 @@
+"""A compiled program's HLO text as data: its computations, what they call, and how often each is executed.
+
+XLA's own cost analysis counts the body of a loop once; here every loop counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+# Bytes of one element. Sub-byte types count as one byte.
+_BYTES = {
+    "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array on one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    is_on_chip: bool  # in the chip's fast memory (a TPU's VMEM, memory space 1) and not in its main memory
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * _BYTES.get(self.dtype, 0)  # tokens and opaque values are nothing
+
+    @property
+    def main_bytes(self) -> int:
+        """Bytes in the device's main memory."""
+        return 0 if self.is_on_chip else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: name = shapes opcode(operands), attributes."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # more than one where the result is a tuple
+    operands: tuple[str, ...]
+    literal: str  # what stands in the parentheses, for constants and parameters
+    attributes: str
+    is_root: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    def called(self, kind: str) -> str | None:
+        """The computation that an attribute names (calls, to_apply, body, condition)."""
+        for key, name in _CALLED.findall(self.attributes):
+            if key == kind:
+                return name
+        return None
+
+    def branches(self) -> tuple[str, ...]:
+        """The computations of a conditional."""
+        found = _BRANCHES.search(self.attributes)
+        if found:
+            return tuple(name.strip().lstrip("%") for name in found[1].split(","))
+        names = [self.called("true_computation"), self.called("false_computation")]
+        return tuple(name for name in names if name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A list of instructions in the order of execution."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        return next(one for one in reversed(self.instructions.values()) if one.is_root)
+
+    def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+        """Shapes of the operands, tuples flattened."""
+        return [shape for name in instruction.operands for shape in self.instructions[name].shapes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A computation as it is executed from one place."""
+
+    computation: Computation
+    times: float  # executions of the computation in one run of the program
+    region: str  # the loop body (or the entry) that it belongs to
+    is_fused: bool  # part of a fusion: what lies between its instructions never reaches main memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of a compiled module by name, and the entry's."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def visits(self, *, unknown_trips: int = 1) -> Iterator[Visit]:
+        """Every computation that is executed, once for each place that executes it.
+
+        Args:
+          unknown_trips: turns of a loop whose end depends on data (the decoding loop).
+        """
+        yield from self._visit(self.entry, 1.0, self.entry, False, unknown_trips)
+
+    def _visit(self, name: str, times: float, region: str, is_fused: bool, unknown_trips: int) -> Iterator[Visit]:
+        computation = self.computations[name]
+        yield Visit(computation, times, region, is_fused)
+        for one in computation.instructions.values():
+            if one.opcode == "while":
+                turns = self.trips(computation, one)
+                body = one.called("body")
+                assert body is not None
+                inside = times * (unknown_trips if turns is None else turns)
+                yield from self._visit(body, inside, body, False, unknown_trips)
+            elif one.opcode == "conditional":
+                for branch in one.branches():
+                    yield from self._visit(branch, times, region, is_fused, unknown_trips)
+            elif one.opcode == "call" and one.called("to_apply"):
+                yield from self._visit(str(one.called("to_apply")), times, region, is_fused, unknown_trips)
+            elif one.called("calls"):  # fusions, and what an async-start wraps
+                fused = is_fused or one.opcode == "fusion"
+                yield from self._visit(str(one.called("calls")), times, region, fused, unknown_trips)
+
+    def trips(self, computation: Computation, loop: Instruction) -> int | None:
+        """Turns of a while loop; None where they depend on data.
+
+        Known where XLA has noted them, and where the loop counts by one up to a constant.
+        """
+        noted = _TRIPS.search(loop.attributes)
+        if noted:
+            return int(noted[1])
+        condition = self.computations[str(loop.called("condition"))]
+        root = condition.root
+        if root.opcode == "fusion":  # the comparison alone, wrapped
+            inner = self.computations[str(root.called("calls"))].root
+            if inner.opcode != "compare" or len(root.operands) != 2:
+                return None
+            attributes = inner.attributes
+        else:
+            attributes = root.attributes
+            if root.opcode != "compare":
+                return None
+        if "direction=LT" not in attributes:
+            return None
+        start, end = (self._value(computation, loop, condition, name) for name in root.operands)
+        return end - (start or 0) if end is not None else None
+
+    def _value(self, outer: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
+        """An integer that the loop's condition reads: a constant, or one that the loop's tuple starts with."""
+        one = condition.instructions[name]
+        if one.opcode == "get-tuple-element":
+            carried = outer.instructions[loop.operands[0]]
+            found = re.search(r"index=(\d+)", one.attributes)
+            if carried.opcode != "tuple" or found is None:
+                return None
+            one = outer.instructions[carried.operands[int(found[1])]]
+            while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+                one = outer.instructions[one.operands[0]]
+        return int(one.literal) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.literal) else None
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
+    entry, current, instructions = "", "", {}
+    for line in text.splitlines():
+        if line.startswith("}"):
+            computations[current] = Computation(current, instructions)
+            current = ""
+        elif current:
+            one = _instruction(line)
+            if one is not None:
+                instructions[one.name] = one
+        else:
+            header = _HEADER.match(line)
+            if header:
+                current, instructions = header[2], {}
+                entry = current if header[1] else entry
+    return Program(computations, entry)
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """Every array that a type names: `f32[2,3]{1,0:T(8,128)S(1)}`, or a tuple of such."""
+    return tuple(
+        Shape(dtype, tuple(int(size.lstrip("<=")) for size in dims.split(",") if size), "S(1)" in layout)
+        for dtype, dims, layout in _SHAPE.findall(text)
+    )
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = _NAME.match(line)
+    if start is None:
+        return None
+    at = start.end()
+    end = _closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    inside = line[opening + 1 : closing]
+    return Instruction(
+        name=start[2],
+        opcode=line[end:opening].strip(),
+        shapes=shapes_of(line[at:end]),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        literal=inside,
+        attributes=line[closing + 1 :],
+        is_root=bool(start[1]),
+    )
+
+
+def _closing(line: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for index in range(opening, len(line)):
+        depth += (line[index] == "(") - (line[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"no closing parenthesis: {line[:80]}")

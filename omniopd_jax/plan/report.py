@@ -1,0 +1,118 @@
+"""A plan as text: what a person wants to know before paying."""
+
+from __future__ import annotations
+
+from omniopd_jax.plan.planner import Plan, to_json
+from omniopd_jax.plan.programs import Compiled
+
+_GIB = 2**30
+
+
+def render(plan: Plan) -> str:
+    """The whole report, one paragraph a question."""
+    return "\n\n".join(
+        part for part in (_head(plan), _memory(plan), _programs(plan), _time(plan), plan.teacher) if part
+    )
+
+
+def _head(plan: Plan) -> str:
+    config = plan.config
+    mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    audit = config.audit
+    slots = f", {config.rollout.slots} decoded at a time" if config.rollout.slots else ""
+    lines = [
+        f"{plan.student} on {plan.topology.name}: {len(plan.topology.devices)} chips, mesh {mesh}",
+        f"{config.rollout.batch_size} responses a step of up to {config.rollout.max_new_tokens} tokens{slots}; prompts "
+        f"of up to {config.data.max_prompt_tokens}; M={audit.num_chunks}, C={audit.chunk_tokens}, "
+        f"N={audit.num_continuations}; micro-batches of {plan.micro_batch}",
+    ]
+    if plan.tried:
+        tried = ", ".join(f"{size} {'fits' if does else 'does not fit'}" for size, does in plan.tried.items())
+        fitting = [size for size, does in plan.tried.items() if does]
+        lines.append(f"largest micro-batch that fits: {max(fitting) if fitting else 'none'} (tried: {tried})")
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> str:
+    lines = ["GiB a chip"]
+    lines += [f"  {name:<24}{size / _GIB:8.2f}" for name, size in plan.held.items()]
+    for one in plan.programs:
+        lines.append(f"  {'temporaries, ' + one.name:<24}{_number(one.temporaries / _GIB, one):>8}")
+    worst = max(plan.programs, key=plan.peak)
+    lines.append(f"  {'peak':<24}{plan.peak(worst) / _GIB:8.2f}  ({worst.name})")
+    if plan.capacity is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(f"  {'usable':<24}{plan.capacity / _GIB:8.2f}  → {verdict}")
+    return "\n".join(lines)
+
+
+def _programs(plan: Plan) -> str:
+    lines = [f"{'a chip, a step':<18}{'TFLOP':>10}{'GB moved':>10}{'GB sent by axis':>34}{'compiled in':>13}"]
+    for one in plan.programs:
+        sent = ", ".join(f"{axis} {size * one.runs / 1e9:.2f}" for axis, size in one.sent.items()) or "–"
+        lines.append(
+            f"  {one.name:<16}{_number(one.cost.flops * one.runs / 1e12, one):>10}"
+            f"{_number(one.cost.bytes * one.runs / 1e9, one):>10}{sent:>34}{one.seconds:>11.0f} s"
+        )
+    return "\n".join(lines)
+
+
+def _time(plan: Plan) -> str:
+    chip, seconds = plan.topology.chip, plan.step_seconds
+    if chip is None:
+        return "No roofline: nothing is known of this CPU."
+    if seconds is None:
+        return "No time is estimated for a run that does not fit."
+    lines = [f"{'seconds':<18}{'compute':>10}{'memory':>10}{'network':>10}{'bound by':>12}"]
+    for one in plan.programs:
+        time = plan.roofline(one)
+        assert time is not None
+        lines.append(
+            f"  {one.name:<16}{time.compute:>10.2f}{time.memory:>10.2f}{time.network:>10.2f}{time.bound_by:>12}"
+        )
+    steps = plan.config.train.steps
+    lines.append(
+        f"a step: {seconds[0]:.1f} s where all overlaps, {seconds[1]:.1f} s where nothing does; {steps} steps: "
+        f"{seconds[0] * steps / 3600:.1f} to {seconds[1] * steps / 3600:.1f} hours, without the teacher and the host"
+    )
+    lines.append(
+        f"{chip.name}: {chip.peak_flops / 1e12:g} TFLOP/s bfloat16, {chip.memory_bandwidth / 1e9:g} GB/s memory, "
+        f"{chip.link_bandwidth / 1e9:g} GB/s along one dimension of the torus ({chip.source}). Assumed: every response "
+        "is of full length, each step of the decoding loop reads its widest cache, products run at peak."
+    )
+    return "\n".join(lines)
+
+
+def _number(value: float, one: Compiled) -> str:
+    return "?" if one.too_large else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def table_row(found: dict) -> str:
+    """One line of the table in docs/scale.md from a plan's JSON."""
+    held, programs = found["held_bytes"], {one["name"]: one for one in found["programs"]}
+    step, decode = programs["step"], programs.get("decode", {})
+    peak = max(one["peak_bytes"] for one in found["programs"])
+    kinds = [held[name] / _GIB for name in ("parameters", "optimizer", "reference", "cache")]
+    seconds = found["step_seconds"]
+    sent = sum(size * one["runs_a_step"] for one in found["programs"] for size in one["sent_bytes"].values())
+    cells = [
+        found["student"].rstrip("/").split("/")[-1],
+        found["topology"],
+        "×".join(str(size) for size in found["mesh"].values()),
+        f"{found['responses_a_step']} / {found['micro_batch']}",
+        " + ".join(f"{kind:.2f}" for kind in kinds),
+        f"{step['temporary_bytes'] / _GIB:.1f} / {decode.get('temporary_bytes', 0) / _GIB:.1f}",
+        f"{peak / _GIB:.1f} of {found['usable_bytes'] / _GIB:.1f}" if found["usable_bytes"] else f"{peak / _GIB:.1f}",
+        "yes" if found["fits"] else "**no**",
+        f"{sum(one['flops'] * one['runs_a_step'] for one in found['programs']) / 1e12:,.0f}",
+        f"{sent / 1e9:.1f}",
+        f"{seconds['at_best']:.0f}–{seconds['at_worst']:.0f}" if seconds else "–",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+TABLE_HEAD = (
+    "| student | slice | data×fsdp×tensor | responses / micro-batch | parameters + optimizer + reference + cache, GiB "
+    "| temporaries of step / decoding, GiB | peak, GiB | fits | TFLOP | GB sent | seconds |\n" + "|---" * 11 + "|"
+)
+__all__ = ["TABLE_HEAD", "render", "table_row", "to_json"]
