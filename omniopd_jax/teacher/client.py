@@ -103,6 +103,8 @@ class ApiTeacher:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
 
+    is_concurrent = True  # several threads may ask at once; limits and budget are one
+
     def probe(self) -> str:
         if self._config.dry_run:
             return f"{self.name}: dry run, nothing is sent."

@@ -90,7 +90,8 @@ class Teacher(Protocol):
     """A teacher that is only text."""
 
     name: str  # for logs: kind and model
-    # A teacher that costs money also has `paid: Usage`, all that this work directory has paid, earlier runs included.
+    # A teacher that costs money also has `paid: Usage`, all that this work directory has paid, earlier runs included;
+    # one that may be asked by several threads at once has `is_concurrent = True` and `cancel()`, which ends all calls.
 
     def probe(self) -> str:
         """Proves at start-up that the teacher answers and samples; returns one printable paragraph.

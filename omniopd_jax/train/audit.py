@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from omniopd_jax.teacher.protocol import Teacher
 from omniopd_jax.teacher.verify import verify
 from omniopd_jax.train import distributed, pipeline
 from omniopd_jax.train.credit import Evidence
@@ -82,6 +84,8 @@ def audit(
       PeerStopped, PeerFailed: on another one.
     """
     sampled: list[Evidence] = []
+    lock = threading.Lock()
+    teacher = pipeline.Shared(experiment.teacher, lock)
 
     def sample() -> Iterator[Evidence]:
         for part in parts:
@@ -89,8 +93,8 @@ def audit(
             yield part
 
     def about(part: Evidence) -> Audit:
-        with clock.phase("audit"):
-            return ask(experiment, part, step)
+        with lock, clock.phase("audit"):
+            return ask(experiment, part, teacher, step)
 
     def one_after_the_other() -> Audit:
         with interrupts.abandonable():
@@ -117,7 +121,7 @@ def audit(
     return sampled, united(found)
 
 
-def ask(experiment: Experiment, part: Evidence, step: int) -> Audit:
+def ask(experiment: Experiment, part: Evidence, teacher: Teacher, step: int) -> Audit:
     """This process's questions about its share of the rows, and what came back."""
     batch, rollout, anchors = part.batch, part.rollout, part.anchors
     assert rollout is not None
@@ -128,7 +132,7 @@ def ask(experiment: Experiment, part: Evidence, step: int) -> Audit:
         _only(anchors, distributed.share(len(batch.prompts))),
         part.branches,
         tokenizer=experiment.tokenizer,
-        teacher=experiment.teacher,
+        teacher=teacher,
         similarity=experiment.similarity,
         settings=experiment.verify_settings,
         seed=experiment.config.train.seed,

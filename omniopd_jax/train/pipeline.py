@@ -6,13 +6,13 @@ things happen and nothing else: what a micro-batch's rows draw and are asked is 
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from omniopd_jax.config import Config, ConfigError
+from omniopd_jax.teacher.protocol import ContinuationRequest, ContinuationResult, Teacher
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -36,54 +36,83 @@ def overlapped(
     stop: Callable[[], Any] | None = None,
     to_the_end: bool = False,
 ) -> list[T]:
-    """[second(item) for item in first], where `second` runs on a thread of its own, in the order of the items.
+    """[second(item) for item in first], each `second` on a thread of its own that starts as soon as its item is there.
 
     Args:
-      first: its items are made on this thread, each as soon as the one before it is handed over.
+      first: its items are made on this thread, one after the other.
       second: must not enter a collective: the threads' order differs from process to process.
       waiting: entered while this thread only waits for `second`.
-      stop: called when this thread is interrupted while `second` works, to cut that short.
+      stop: called when this thread gives up while a `second` works, to cut that short.
       to_the_end: all items are made even where `second` has failed.
 
     Raises:
-      Exception: the first that `second` raised.
+      Exception: that of the first item whose `second` raised.
     """
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    end = object()
-    has_failed = threading.Event()
-
-    def work() -> None:
-        while (item := inbox.get()) is not end:
-            try:
-                outcomes.put((second(item), None))
-            except BaseException as error:  # whatever it is, the other thread has to hear of it
-                has_failed.set()
-                outcomes.put((None, error))
-                return
-
-    # A daemon: a thread that waits for a dead teacher must not keep an interrupted process alive.
-    thread = threading.Thread(target=work, name="audit", daemon=True)
-    thread.start()
-    results: list[Any] = []
-    count = 0
+    works: list[_Work[T]] = []
     try:
         for item in first:
-            if has_failed.is_set() and not to_the_end:
+            works.append(_Work(second, item))
+            if not to_the_end and any(work.error is not None for work in works):
                 break
-            inbox.put(item)
-            count += 1
-        inbox.put(end)
         with waiting():
-            for _ in range(count):
-                result, error = outcomes.get()
-                if error is not None:
-                    raise error
-                results.append(result)
-            thread.join()
+            return [work.result() for work in works]
     except BaseException:
-        inbox.put(end)
-        if thread.is_alive() and stop is not None:
+        if stop is not None and any(work.is_running for work in works):
             stop()
         raise
-    return results
+
+
+class _Work(Generic[T]):
+    """One call on a thread of its own."""
+
+    def __init__(self, function: Callable[[S], T], item: S):
+        self.error: BaseException | None = None
+        self._result: list[T] = []
+        # A daemon: a thread that waits for a dead teacher must not keep an interrupted process alive.
+        self._thread = threading.Thread(target=self._run, args=(function, item), name="audit", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits, and returns or raises what came of it."""
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self._result[0]
+
+    def _run(self, function: Callable[[S], T], item: S) -> None:
+        try:
+            self._result.append(function(item))
+        except BaseException as error:  # whatever it is, the thread that waits has to hear of it
+            self.error = error
+
+
+class Shared:
+    """A teacher for several threads: what surrounds its answers is done by one at a time, who holds `lock`.
+
+    Tokenizers are not made for several threads. While a teacher that takes questions side by side (`is_concurrent`)
+    is waited for, the lock is open.
+    """
+
+    def __init__(self, teacher: Teacher, lock: threading.Lock):
+        self.name = teacher.name
+        self._teacher = teacher
+        self._lock = lock
+
+    def continue_texts(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
+        if not getattr(self._teacher, "is_concurrent", False):
+            return self._teacher.continue_texts(requests)
+        self._lock.release()
+        try:
+            return self._teacher.continue_texts(requests)
+        finally:
+            self._lock.acquire()
+
+    def probe(self) -> str:
+        return self._teacher.probe()
+
+    def close(self) -> None:
+        self._teacher.close()

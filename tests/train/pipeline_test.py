@@ -1,0 +1,201 @@
+"""Overlap changes when things happen and nothing else."""
+
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from omniopd_jax.config import ConfigError
+from omniopd_jax.teacher.protocol import Continuation, TeacherStopped
+from omniopd_jax.teacher.scripted import ScriptedTeacher
+from omniopd_jax.train import audit, loop, pipeline
+from omniopd_jax.train.metrics import read_lines
+from omniopd_jax.train.pipeline import overlapped
+from omniopd_jax.train.stops import Interrupted
+from tests.train.conftest import tiny_config
+
+
+def test_results_come_in_the_order_of_the_items():
+    delays = [0.05, 0.0, 0.02]
+
+    def slow(delay):
+        time.sleep(delay)
+        return delay
+
+    assert overlapped(iter(delays), slow) == delays
+
+
+def test_an_item_is_made_while_the_one_before_is_worked_on():
+    is_made = threading.Event()
+
+    def items():
+        yield 1
+        is_made.set()
+        yield 2
+
+    def work(item):
+        assert item == 2 or is_made.wait(10), "the second item waits for the first one's work"
+        return item
+
+    assert overlapped(items(), work) == [1, 2]
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_a_failure_is_raised_and_other_processes_are_not_left_alone(to_the_end):
+    made, stops = [], []
+
+    def items():
+        for number in range(4):
+            made.append(number)
+            yield number
+            time.sleep(0.05)
+
+    def work(number):
+        raise TeacherStopped(f"no answer to {number}")
+
+    with pytest.raises(TeacherStopped, match="no answer to 0"):
+        overlapped(items(), work, stop=lambda: stops.append(1), to_the_end=to_the_end)
+    assert made == ([0, 1, 2, 3] if to_the_end else [0])
+    assert not stops, "nobody works any more"
+
+
+def test_what_still_works_is_stopped():
+    released = threading.Event()
+
+    def work(number):
+        if number == 0:
+            raise TeacherStopped("gone")
+        released.wait(10)
+
+    with pytest.raises(TeacherStopped, match="gone"):
+        overlapped([0, 1], work, stop=released.set, to_the_end=True)
+    assert released.is_set()
+
+
+def test_older_parameters_are_refused_with_the_reason():
+    config = tiny_config(**{"pipeline.staleness": 1})
+    with pytest.raises(ConfigError, match=r"config\.pipeline\.staleness=1 must be 0: .*raise config\.pipeline"):
+        pipeline.check_staleness(config)
+
+
+def two_texts(request):
+    texts = ("add 1 and 2 with 0 gives", "7 plus 5 makes 1 2")
+    return [Continuation(texts[(request.seed + i) % 2], "length") for i in range(request.n)]
+
+
+class SlowTeacher(ScriptedTeacher):
+    """Says one of two things, by the request's seed, after a while; several threads may ask."""
+
+    is_concurrent = True
+
+    def __init__(self, delay_s=0.05, error=None):
+        super().__init__(two_texts)
+        self.delay_s = delay_s
+        self.error = error
+        self.at_once = self.most_at_once = 0
+        self.cancelled = threading.Event()
+
+    def continue_texts(self, requests):
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.cancelled.wait(self.delay_s)
+        self.at_once -= 1
+        if self.error is not None:
+            raise self.error
+        return super().continue_texts(requests)
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+@pytest.fixture(scope="module")
+def distil(tmp_path_factory, model, tokenizer, prompts):
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+
+    def run(workdir, teacher, **overrides):
+        config = tiny_config(**{"train.compilation_cache": compiled, "train.steps": 2} | overrides)
+        return loop.run(config, workdir, student=model, tokenizer=tokenizer, teacher=teacher, prompts=prompts)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def side_by_side(distil, tmp_path_factory):
+    workdir, teacher = tmp_path_factory.mktemp("overlapped"), SlowTeacher(0.3)
+    return workdir, distil(workdir, teacher, **{"pipeline.micro_batches": 4}), teacher
+
+
+def one_after_the_other(first, second, **options):
+    del options
+    return [second(item) for item in first]
+
+
+def lines_of(workdir, name):
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "compile/")) and "seconds" not in key
+        }
+        for line in read_lines(workdir / f"{name}.jsonl")
+    ]
+
+
+def test_overlapped_or_one_after_the_other_is_bitwise_the_same(side_by_side, distil, monkeypatch, tmp_path):
+    workdir, result, teacher = side_by_side
+    assert teacher.most_at_once > 1, "the teacher was asked side by side"
+    monkeypatch.setattr(pipeline, "overlapped", one_after_the_other)
+    alone = distil(tmp_path, SlowTeacher(0.0), **{"pipeline.micro_batches": 4})
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, alone.model.params)
+    for name in ("metrics", "audits", "rollouts"):
+        assert lines_of(workdir, name) == lines_of(tmp_path, name), name
+
+
+def test_the_split_changes_no_question_and_no_figure(side_by_side, distil, tmp_path):
+    workdir, result, _ = side_by_side
+    whole = distil(tmp_path, SlowTeacher(0.0))
+    texts = ("step", "response", "prompt_id", "slot", "start", "chunk", "continuations", "count")
+    for ours, theirs in zip(read_lines(workdir / "audits.jsonl"), read_lines(tmp_path / "audits.jsonl"), strict=True):
+        assert [ours[name] for name in texts] == [theirs[name] for name in texts]
+    for ours, theirs in zip(lines_of(workdir, "metrics"), lines_of(tmp_path, "metrics"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert result.teacher == whole.teacher
+
+
+def test_a_teacher_that_stops_in_its_thread_stops_the_run(distil, tmp_path):
+    with pytest.raises(TeacherStopped, match="gone"):
+        distil(tmp_path, SlowTeacher(0.0, TeacherStopped("gone")), **{"pipeline.micro_batches": 4})
+    assert os.listdir(tmp_path / "checkpoints") == ["0"]
+
+
+def test_a_signal_does_not_wait_for_the_teacher(distil, tmp_path):
+    teacher = SlowTeacher(120.0)
+    threading.Timer(0.1, lambda: _when(lambda: teacher.at_once > 0)).start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        distil(tmp_path, teacher, **{"pipeline.micro_batches": 4})
+    assert time.monotonic() - began < 60
+    assert teacher.cancelled.is_set()
+
+
+def _when(condition):
+    while not condition():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_every_metric_of_an_audit_says_how_parts_make_a_whole(side_by_side):
+    """A name that this table does not know would stop a run of several processes."""
+    workdir, _, _ = side_by_side
+    known = {*audit._COUNTS, *audit._SECONDS, *audit._MEAN_OVER, audit._LEDGER}
+    line = read_lines(workdir / "metrics.jsonl")[0]
+    totals = {name for name in line if name.startswith("teacher/total_")}
+    of_the_arm = {"audit/fraction", "audit/audited", "audit/entropy", "audit/prior", "audit/target", "audit/advantage"}
+    found = {name for name in line if name.startswith(("audit/", "teacher/"))} - totals - of_the_arm
+    assert found <= known
