@@ -39,6 +39,27 @@ CHARTS = (
     ),
     Chart(
         "Learning",
+        "Reward",
+        "",
+        (("reward/mean", "mean"), ("reward/std", "spread")),
+        "Of the responses, judged by the reference answers; the spread is the standard deviation over responses.",
+    ),
+    Chart(
+        "Learning",
+        "Prompts with a signal",
+        "share",
+        (("reward/informative", "prompts"),),
+        "Where all responses of a prompt have one reward, there is nothing to compare.",
+    ),
+    Chart(
+        "Learning",
+        "Divergence from the teacher",
+        "nats",
+        (("opd/divergence", "a token"),),
+        "Between the teacher's distribution and the student's, over the tokens of the student's responses.",
+    ),
+    Chart(
+        "Learning",
         "Target and prior",
         "",
         (("audit/target", "target π̂"), ("audit/prior", "prior π̄")),
@@ -48,7 +69,14 @@ CHARTS = (
         "Learning",
         "Loss",
         "",
-        (("loss/total", "total"), ("loss/trunk", "responses"), ("loss/branch", "branches"), ("loss/anchor", "anchor")),
+        (
+            ("loss/total", "total"),
+            ("loss/trunk", "responses"),
+            ("loss/branch", "branches"),
+            ("loss/divergence", "divergence"),
+            ("loss/ratio", "ratio"),
+            ("loss/anchor", "anchor"),
+        ),
         "What the update minimises. Its value is no measure of quality: the similarity is.",
     ),
     Chart(
@@ -57,6 +85,13 @@ CHARTS = (
         "",
         (("audit/advantage", "mean size"),),
         "Mean absolute weight of chunks or branches. Near 0 there is nothing left to learn from.",
+    ),
+    Chart(
+        "Learning",
+        "Clipped ratios",
+        "share",
+        (("update/clip_fraction", "tokens"),),
+        "Tokens whose ratio was clipped in the last update of a batch.",
     ),
     Chart("Learning", "Gradient norm", "", (("optimizer/grad_norm", "gradient"),), "Before clipping."),
     Chart("Learning", "Learning rate", "", (("optimizer/learning_rate", "learning rate"),), is_noisy=False),
@@ -103,6 +138,7 @@ CHARTS = (
         (("audit/fraction", "audited"), ("anchor/fraction", "anchored")),
         "Share of response tokens. What is audited does not carry the anchor unless all tokens do.",
     ),
+    Chart("The teacher", "Length of its answers", "tokens", (("sft/answer_tokens", "mean"),)),
     Chart(
         "The teacher",
         "Missing samples",
@@ -176,7 +212,8 @@ def _values(workdir: WorkDir, metric: str) -> list[float | None]:
 def charts_of(workdirs: Iterable[WorkDir]) -> list[Chart]:
     """The charts, and of each the lines, for which at least one run has values. Every metric is on one of them.
 
-    A loss term that is 0 throughout is no part of the loss and goes to the charts at the end.
+    A loss term that is 0 throughout is no part of the loss, and what costs nothing has no bill: they go to the charts
+    at the end.
     """
     workdirs = list(workdirs)
     present = {name for workdir in workdirs for row in workdir.metrics.values() for name in row}
@@ -194,7 +231,9 @@ def charts_of(workdirs: Iterable[WorkDir]) -> list[Chart]:
 
 
 def _is_idle_term(name: str, workdirs: Iterable[WorkDir]) -> bool:
-    return name.startswith("loss/") and not any(any(workdir.series(name)[1]) for workdir in workdirs)
+    return name.startswith(("loss/", "teacher/total_dollars")) and not any(
+        any(workdir.series(name)[1]) for workdir in workdirs
+    )
 
 
 def _evaluation_charts(present: set[str]) -> list[Chart]:
@@ -206,6 +245,8 @@ def _evaluation_charts(present: set[str]) -> list[Chart]:
 def accuracy_label(name: str) -> str | None:
     """ "greedy" for eval/greedy_accuracy, eval/greedy/accuracy or eval/greedy; None for what is no accuracy."""
     section, _, rest = name.partition("/")
-    if section != "eval" or rest.endswith(("standard_error", "tokens", "truncated", "no_answer", "problems", "seconds", "_s")):
+    if section != "eval" or rest.endswith(
+        ("standard_error", "tokens", "truncated", "no_answer", "problems", "seconds", "_s")
+    ):
         return None
     return rest.removesuffix("accuracy").strip("/_").replace("_", " ") or "accuracy"

@@ -24,8 +24,10 @@ class Finding:
 
 
 def findings(workdir: WorkDir) -> list[Finding]:
-    """Every check, alarms first."""
-    found = [check(workdir) for check in CHECKS]
+    """Every check that means something for the run's arm, alarms first."""
+    meaningless = _MEANINGLESS.get(str(workdir.setting("objective.arm")), ())
+    found = [(check, check(workdir)) for check in CHECKS]
+    found = [finding for check, finding in found if finding.level != "unknown" or check not in meaningless]
     order = {"alarm": 0, "fine": 1, "unknown": 2}
     return sorted(found, key=lambda finding: order[finding.level])
 
@@ -191,6 +193,16 @@ def _anchor(workdir: WorkDir) -> Finding:
 
 
 def _advantage(workdir: WorkDir) -> Finding:
+    informative = _end(workdir, "reward/informative")
+    if informative is not None and informative < 0.05:
+        return Finding(
+            "alarm",
+            "There is no signal left",
+            f"At {_percent(1 - informative)} of the prompts all responses have one reward, so there is nothing to "
+            "compare: easier or harder prompts, or more rollout.samples_per_prompt, bring the difference back.",
+        )
+    if informative is not None:
+        return Finding("fine", "Signal", f"At {_percent(informative)} of the prompts the responses differ in reward.")
     ends = _ends(workdir, "audit/advantage")
     if ends is None:
         return Finding("unknown", "Signal", f"This needs audit/advantage over at least {FEW_STEPS} steps.")
@@ -216,3 +228,11 @@ CHECKS: tuple[Callable[[WorkDir], Finding], ...] = (
     _anchor,
     _advantage,
 )
+
+# Checks for which an arm writes no metrics: the student does not respond, or no chunk is audited.
+_MEANINGLESS: dict[str, tuple[Callable[[WorkDir], Finding], ...]] = {
+    "sft": (_length, _stopping, _repetition, _entropy, _unanimous, _advantage),
+    "opd": (_unanimous, _silence, _advantage),
+    "grpo": (_unanimous, _silence),
+    "anchor": (_unanimous, _silence, _advantage),
+}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniopd_jax.report.audits import read_audits
+from omniopd_jax.report.audits import Audits, read_audits
 from omniopd_jax.report.curves import run_curves
 from omniopd_jax.report.derived import with_derived
 from omniopd_jax.report.health import findings
@@ -50,7 +50,12 @@ def write_report(
         "tables": [],
         "findings": [vars(finding) for finding in findings(run)],
         "curves": run_curves(run),
-        "audits": {"responses": audits.num_responses, "chunks": audits.num_audits, "remark": audits.remark},
+        "audits": {
+            "responses": audits.num_responses,
+            "chunks": audits.num_audits,
+            "remark": audits.remark,
+            "none": _without_audits(run, audits),
+        },
         "settings": settings(run.config, defaults),
         "named": {"objective.prior_strength": number(run.setting("objective.prior_strength"))},
         "footer": footer(run.remarks),
@@ -121,6 +126,30 @@ def _state(run: WorkDir) -> str:
     age = time.time() - run.modified
     when = f"{age:.0f} seconds" if age < 120 else f"{age / 60:.0f} minutes" if age < 7200 else f"{age / 3600:.0f} hours"
     return f"Step {last:,} of {steps:,}; the log was last written {when} before this page was made."
+
+
+_LEARNS_FROM = {
+    "sft": "the teacher's whole answers",
+    "opd": "the teacher's probabilities at the student's tokens",
+    "grpo": "rewards of whole responses",
+    "anchor": "nothing but the KL to the base model",
+}
+
+
+def _without_audits(run: WorkDir, audits: Audits) -> str:
+    """Why nothing was audited, "" where something was."""
+    if audits.num_audits:
+        return ""
+    arm = str(run.setting("objective.arm"))
+    learns_from = _LEARNS_FROM.get(arm)
+    if learns_from is not None:
+        seen = " These are the student's responses." if audits.num_responses else ""
+        return f"The arm {arm} audits no chunks: it learns from {learns_from}.{seen}"
+    if not run.last_step:
+        return ""
+    if run.setting("train.audit_log_every") == 0:
+        return "No audits are logged: train.audit_log_every is 0."
+    return "No chunk was audited: responses are shorter than audit.chunk_tokens, or audit.max_fraction leaves no room."
 
 
 def _facts(run: WorkDir, num_audits: int) -> list[list[str]]:

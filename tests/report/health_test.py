@@ -56,6 +56,25 @@ def test_what_was_not_measured_is_said_to_be_unknown(tmp_path):
     assert levels == {"fine", "unknown"}
 
 
+@pytest.mark.parametrize("arm", ["sft", "opd", "grpo", "anchor"])
+def test_an_arm_is_not_asked_for_what_it_does_not_measure(tmp_path, arm):
+    columns = {"loss/total": lambda t: 1.0, "anchor/fraction": lambda t: 1.0}
+    if arm != "sft":
+        columns |= {name: lambda t: 0.5 for name in ("rollout/tokens", "rollout/finished", "rollout/entropy")}
+    if arm == "sft":
+        columns["teacher/missing_share"] = lambda t: 0.0
+    if arm == "grpo":
+        columns["reward/informative"] = lambda t: 0.5
+    run = write(tmp_path, columns)
+    run.config["objective"]["arm"] = arm
+    unknown = {finding.title for finding in findings(run) if finding.level == "unknown"}
+    assert unknown <= {"Repetition"}  # of the responses' texts, which this log lacks
+
+
+def test_rewards_that_are_all_one_are_no_signal(tmp_path):
+    assert alarms(write(tmp_path, {"reward/informative": lambda t: 0.01})) == ["There is no signal left"]
+
+
 def test_an_anchor_that_is_switched_off_does_not_starve(tmp_path):
     run = write(tmp_path, {"anchor/fraction": lambda t: 0.0}, anchor_weight=0.0)
     assert alarms(run) == []

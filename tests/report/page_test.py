@@ -116,3 +116,22 @@ def test_reports_need_no_jax():
 def test_the_library_brings_its_licence():
     assets = Path(report.__file__).parent / "assets"
     assert "MIT" in (assets / "uplot.LICENSE").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ("sft", "The arm sft audits no chunks: it learns from the teacher's whole answers."),
+        ("grpo", "These are the student's responses."),
+        ("verify", "No chunk was audited: responses are shorter than audit.chunk_tokens"),
+    ],
+)
+def test_a_run_without_audits_says_why(tmp_path, arm, says):
+    folder = synthetic.write_run(tmp_path / arm, steps=2, responses=2, arm=arm)
+    (folder / "audits.jsonl").unlink()
+    if arm == "sft":
+        (folder / "rollouts.jsonl").unlink()
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    head = json.loads(next(text for attributes, text in scripts(page) if 'id="head"' in attributes))
+    assert says in head["audits"]["none"]
+    assert head["audits"]["chunks"] == 0

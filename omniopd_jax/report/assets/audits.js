@@ -182,15 +182,16 @@ async function auditViewer(parent, settings) {
     if (data.tokens.length > 2 && !/\s|[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u.test(letters)) box.classList.add("bare");
     const starts = new Map(data.audits.map((audit, place) => [audit.start, place]));
     const spans = [];
-    let parentNode = box, end = -1;
+    let parentNode = box, end = -1, badge = null;
     data.tokens.forEach((token, t) => {
       if (t === end) { parentNode = box; end = -1; }
       const place = starts.get(t);
       if (place !== undefined && end < 0) {
         const audit = data.audits[place];
         end = t + Math.max(1, audit.num_tokens || 1);
+        badge = el("b", { class: "badge" }, String(place + 1));
         parentNode = el("span", { class: "chunk", role: "button", tabindex: "0", "data-place": place, "aria-pressed": "false",
-          "aria-label": `Open chunk ${place + 1} of ${data.audits.length}` }, el("b", { class: "badge" }, String(place + 1)));
+          "aria-label": `Open chunk ${place + 1} of ${data.audits.length}` }, badge);
         box.append(parentNode);
       }
       const { text, more } = clip(token), span = el("span", { class: "t" });
@@ -202,7 +203,10 @@ async function auditViewer(parent, settings) {
       if (entropy > 0) span.style.background = `rgba(var(--heat), calc(var(--heat-most) * ${Math.min(1, Math.sqrt(entropy / HEAT_TOP)).toFixed(3)}))`;
       span.dataset.t = t;
       spans.push(span);
-      parentNode.append(span);
+      // The number stays on the line of the token that it marks.
+      if (badge && text.length <= 24) parentNode.append(el("span", { class: "lead" }, badge, span));
+      else parentNode.append(span);
+      badge = null;
     });
     if (data.num_tokens > data.tokens.length)
       box.append(el("span", { class: "cut", dir: "ltr" }, `… ${count(data.num_tokens - data.tokens.length)} more tokens are in rollouts.jsonl, not on this page.`));

@@ -42,6 +42,8 @@ function chart(spec) {
   const card = el("figure", { class: "chart card", tabindex: "0", role: "group", "aria-label": summary(spec) },
     heading, legend, plot, spoken, spec.about ? show(el("p", { class: "about" }), spec.about) : null);
 
+  spec.top = spec.unit === "s" ? topOf(spec.lines) : null;
+  if (spec.top !== null) card.append(el("p", { class: "about" }, "Peaks above the frame are cut off: the first steps compile."));
   const lines = spec.lines.map((line, i) => ({ ...line, index: line.color ?? i, last: lastKnown(line.values) }));
   const cells = lines.length > 1 || spec.legend ? lines.map((line) => {
     const swatch = el("span", { class: "swatch" });
@@ -131,7 +133,7 @@ function draw(state) {
     width: Math.max(160, plot.clientWidth), height: 150, series, bands, padding: [8, 14, 0, 0],
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "steps" }, points: { size: 6 } },
-    scales: { x: { time: false }, y: { range: (_, low, high) => yRange(low, high, isZeroBased) } },
+    scales: { x: { time: false }, y: { range: (_, low, high) => yRange(low, spec.top ?? high, isZeroBased) } },
     axes: [
       { ...axis, grid: { show: false }, size: 24, gap: 4, space: 56, values: (_, splits) => splits.map((step) => (Number.isInteger(step) ? count(step) : "")) },
       { ...axis, grid: { stroke: style("line"), width: 1 }, gap: 4, space: 30, values: (_, splits) => tickLabels(splits, spec.unit),
@@ -139,6 +141,14 @@ function draw(state) {
     ],
     hooks: { setCursor: [(picture) => state.read(picture.cursor.idx ?? null)] },
   }, data, plot);
+}
+
+/** Where to cut a chart off that a few peaks would flatten; null where none do. */
+function topOf(lines) {
+  const values = lines.flatMap((line) => line.values.filter((value) => value !== null)).sort((a, b) => a - b);
+  if (values.length < SMOOTH_FROM) return null;
+  const usual = values[Math.floor(0.97 * (values.length - 1))];
+  return usual > 0 && values[values.length - 1] > 3 * usual ? 1.3 * usual : null;
 }
 
 function yRange(low, high, isZeroBased) {

@@ -90,10 +90,11 @@ function curvesSection() {
 
 function auditsSection() {
   const { node, heading } = section("audits", "Audits");
-  const { responses, chunks, remark } = head.audits;
-  heading.append(el("p", { class: "note" }, `${plural(responses, "response")}, ${plural(chunks, "audited chunk")}. Numbered chunks are where the teacher was asked.`));
+  const { responses, chunks, remark, none } = head.audits;
+  if (none) heading.append(show(el("p", { class: "note" }), none));
+  else heading.append(el("p", { class: "note" }, `${plural(responses, "response")}, ${plural(chunks, "audited chunk")}. Numbered chunks are where the teacher was asked.`));
   if (remark) node.append(show(el("p", { class: "note" }), remark));
-  if (!responses) node.append(el("p", { class: "empty" }, "No response has been logged."));
+  if (!responses) node.append(el("p", { class: "empty" }, none ? "No response is logged: in this arm the student writes none." : "No response has been logged."));
   return node;
 }
 
