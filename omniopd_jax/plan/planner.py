@@ -99,6 +99,11 @@ def make_plan(
     Raises:
       InputError: the mesh, the batch or the student does not fit.
     """
+    if config.objective.arm == "opd" or (config.objective.arm == "mixture" and config.objective.weights.opd > 0):
+        raise ConfigError(
+            f"config.objective.arm={config.objective.arm!r} keeps a white-box teacher on the same chips, which is not "
+            "planned: plan another arm and add the teacher's parameters and one forward pass of it."
+        )
     decoder, name = _decoder(config, student)
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     if search:

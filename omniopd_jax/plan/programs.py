@@ -149,7 +149,7 @@ def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
         learning_rate_schedule(config.optimizer, config.train.steps),
         mesh,
         shapes.shardings,
-        step_options(config),
+        step_options(config, mesh),
     )
     return jitted.lower(shapes.state, frozen, shapes.reference, trees)
 

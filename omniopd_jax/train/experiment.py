@@ -171,7 +171,7 @@ def prepare(
         first_only(lambda: checkpoint.claim_workdir(workdir, given))
         frozen = without_trainable(student)
         taught = white_box(teacher, mesh) if needs.logits or needs.logprob else None
-        score = make_scorer(mesh, block_tokens=train.block_tokens)
+        score = make_scorer(mesh, block_tokens=sharding.block_tokens(config, mesh))
         step = make_step(
             frozen,
             _reference(config, student),
@@ -179,7 +179,7 @@ def prepare(
             learning_rate_schedule(config.optimizer, num_updates),
             mesh,
             shardings,
-            step_options(config),
+            step_options(config, mesh),
             taught if needs.logits else None,
         )
         return Experiment(
@@ -277,8 +277,8 @@ def _open_log(config: Config, workdir: Path, finished: int) -> RunLog:
     )
 
 
-def step_options(config: Config) -> StepOptions:
-    """What the config fixes of the compiled step."""
+def step_options(config: Config, mesh: Mesh) -> StepOptions:
+    """What the config and the mesh fix of the compiled step."""
     return StepOptions(
         has_trunk=puts_weight_on_trunk(config),
         has_anchor=config.objective.anchor_weight > 0,
@@ -289,7 +289,7 @@ def step_options(config: Config) -> StepOptions:
         clip=config.objective.clip,
         updates=config.train.updates_per_batch,
         remat=cast(Remat, config.train.remat),  # one of them: config.validate has seen to it
-        block_tokens=config.train.block_tokens,
+        block_tokens=sharding.block_tokens(config, mesh),
     )
 
 

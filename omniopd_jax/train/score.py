@@ -19,7 +19,7 @@ from omniopd_jax.models import Model, decoder
 from omniopd_jax.rollout.branches import read_trunk, sample_branches
 from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampler import sample
-from omniopd_jax.train.sharding import batch_sharding
+from omniopd_jax.train.sharding import batch_sharding, block_tokens
 from omniopd_jax.types import Anchors, Array, Branches, Rollout
 
 
@@ -64,7 +64,7 @@ def make_student(
             **rule,
         )
         if audit.entropy_source == "rescore":
-            rollout = rescore(model, rollout, block_tokens=config.train.block_tokens)
+            rollout = rescore(model, rollout, block_tokens=block_tokens(config, mesh))
         return rollout
 
     def choose(rollout: Rollout, index_B: Array, step: Array) -> Anchors:

@@ -98,6 +98,20 @@ def laid_out(model: Model, mesh: Mesh) -> Model:
     return dataclasses.replace(model, module=model.module.clone(layout=activation_layout(mesh)))
 
 
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def block_tokens(config: Config, mesh: Mesh) -> int:
+    """Tokens of a block of the vocabulary scan over the whole mesh: `train.block_tokens` a share of the batch.
+
+    Every block reads the whole output head. Were the blocks no larger on more chips, each would read it for a handful
+    of tokens, and the scan would take as long on 64 chips as on one.
+    """
+    return config.train.block_tokens * batch_shares(mesh)
+
+
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Arrays whose `axis` is B: split over data × fsdp."""
     return NamedSharding(mesh, Spec(*(None,) * axis, BATCH_AXES))
