@@ -184,7 +184,7 @@ def get_config() -> ConfigDict:
             ),
             logging=dict(
                 tensorboard=False,  # event files in WORKDIR/tensorboard (needs clu and TensorFlow, or tensorboardX)
-                wandb="",  # project at Weights & Biases, "PROJECT" or "TEAM/PROJECT"; "": none; WANDB_API_KEY holds the key
+                wandb="",  # project at Weights & Biases, PROJECT or TEAM/PROJECT; the key is in WANDB_API_KEY
             ),
         )
     )

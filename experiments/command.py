@@ -1,6 +1,7 @@
 """What every main shares: flags that fail in one sentence, and exit codes.
 
-0 done · 1 out of memory · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 6 checkpoint · 130 Ctrl-C · 143 SIGTERM
+0 done · 1 out of memory · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 6 checkpoint
+130 Ctrl-C · 143 SIGTERM
 """
 
 from __future__ import annotations
@@ -144,6 +145,11 @@ class _StandardError:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
+        from experiments.help import help_text
+
+        print(help_text())
+        sys.exit(0)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:

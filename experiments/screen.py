@@ -217,7 +217,7 @@ class RunWatch:
         self._step, self._metrics = step, metrics
         train = self._config.train
         if train.max_teacher_tokens:
-            done = min(int(metrics["teacher/total_tokens"]), train.max_teacher_tokens)
+            done = min(int(metrics.get("teacher/total_tokens", 0)), train.max_teacher_tokens)
             self._screen(self._name, done, train.max_teacher_tokens)
         else:
             self._screen(self._name, step, train.steps)
