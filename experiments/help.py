@@ -1,4 +1,4 @@
-"""What --help prints: the command's own words, its flags, and every setting with its default as configs/base.py has it."""
+"""What --help prints: the command's own words, its flags, and every setting as configs/base.py has it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TERMS = (
     ("anchor", "the KL to the base model that holds the student near where it began"),
 )
 _CODES = (
-    "0 done, 1 out of memory or a bug, 2 bad input, 3 the teacher stopped, 4 a budget is spent, 5 a number is not finite, "
-    "6 a checkpoint cannot be written or read, 130 Ctrl-C, 143 SIGTERM"
+    "0 done, 1 out of memory or a bug, 2 bad input, 3 the teacher stopped, 4 a budget is spent, 5 a number is not "
+    "finite, 6 a checkpoint cannot be written or read, 130 Ctrl-C, 143 SIGTERM"
 )
 _SECTION = re.compile(r"^ {12}(\w+)=dict\($")
 _KNOB = re.compile(r"^ {16}(\w+)=(.*?),(?:\s*# (.*))?$")
@@ -33,8 +33,12 @@ def help_text() -> str:
     found = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(main)}
     lines = [_entry(f"--{name}", found[name].help or "", found[name].default) for name in sorted(found)]
     if "config" in flags.FLAGS:
-        settings = "Config file, e.g. configs/gsm8k.py; --config.SECTION.SETTING=VALUE changes one setting of it (below)."
+        settings = (
+            "Config file, e.g. configs/gsm8k.py; --config.SECTION.SETTING=VALUE changes one setting of it (below)."
+        )
         lines.insert(0, _entry("--config", settings, flags.FLAGS["config"].default))
+    shared = flags.FLAGS.flags_by_module_dict().get("experiments.command", [])
+    lines += [_entry(f"--{flag.name}", flag.help or "", flag.default) for flag in shared if "config" in flags.FLAGS]
     if lines:
         parts.append("Flags\n" + "\n".join(lines))
     if "config" in flags.FLAGS:
@@ -61,4 +65,4 @@ def setting_lines() -> list[str]:
 
 def _entry(name: str, text: str, default: object) -> str:
     shown = "" if default in (None, "", False) else f" (default: {default})"
-    return textwrap.fill(text + shown, 120, initial_indent=f"  {name:<16} ", subsequent_indent=" " * 19)
+    return textwrap.fill(text + shown, 120, initial_indent=f"  {name:<24} ", subsequent_indent=" " * 27)
