@@ -28,6 +28,7 @@ from omniopd_jax.plan import hlo
 from omniopd_jax.plan.cost import Cost, cost
 from omniopd_jax.rollout import refill, sampler
 from omniopd_jax.rollout.columns import roomy
+from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.train import sharding
 from omniopd_jax.train.experiment import step_options
@@ -219,19 +220,16 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
 
 
 def compile_scoring(shapes: Shapes) -> list[Compiled]:
-    """The second reading of the responses and the branches off it, where the arm has branches.
+    """What reads the responses again before the teacher is asked: their entropies, and the branches off them.
 
-    Arms on the trunk alone have none: the decoding loop itself yields entropies and log-probabilities.
+    Arms on the trunk need neither where `audit.entropy_source` is the decoding loop, which yields both by itself.
     """
-    config = shapes.config
-    if not _has_arm(config, "branch"):
-        return []
+    config, mesh = shapes.config, shapes.mesh
     rows, chunks = config.rollout.batch_size, config.audit.num_chunks
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    at = sharding.batch_sharding(shapes.mesh)
 
     def array(*rest: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=at)
+        return jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=sharding.batch_sharding(mesh))
 
     rollout = Rollout(
         prompt_tokens_BxP=array(prompt, dtype=jnp.int32),
@@ -242,13 +240,18 @@ def compile_scoring(shapes: Shapes) -> list[Compiled]:
         is_finished_B=array(dtype=bool),
         entropy_BxT=array(response),
     )
-    anchors = Anchors(start_BxM=array(chunks, dtype=jnp.int32), is_valid_BxM=array(chunks, dtype=bool))
-
-    made = make_student(config, shapes.mesh, stop_tokens=_stops(shapes.student.config), banned_tokens=())
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(shapes.mesh))
-    branch: Any = made.branch  # declared as a plain callable, in fact jitted
-    lowered = branch.lower(shapes.student, rollout, anchors, array(dtype=jnp.int32), step)
-    return [compiled("score and branch", lowered, shapes.mesh, turns=config.audit.chunk_tokens - 1)]
+    found = []
+    if config.audit.entropy_source == "rescore":
+        lowered = rescore.lower(shapes.student, rollout, block_tokens=sharding.block_tokens(config, mesh))
+        found.append(compiled("score", lowered, mesh))
+    if _has_arm(config, "branch"):
+        anchors = Anchors(start_BxM=array(chunks, dtype=jnp.int32), is_valid_BxM=array(chunks, dtype=bool))
+        made = make_student(config, mesh, stop_tokens=_stops(shapes.student.config), banned_tokens=())
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+        branch: Any = made.branch  # declared as a plain callable, in fact jitted
+        lowered = branch.lower(shapes.student, rollout, anchors, array(dtype=jnp.int32), step)
+        found.append(compiled("score and branch", lowered, mesh, turns=config.audit.chunk_tokens - 1))
+    return found
 
 
 def compiled(name: str, lowered: jax.stages.Lowered, mesh: Mesh, *, turns: int = 1) -> Compiled:
@@ -269,7 +272,8 @@ def compiled(name: str, lowered: jax.stages.Lowered, mesh: Mesh, *, turns: int =
         return Compiled(name, seconds, 0, 0, 0, 0, 0, Cost(0, 0), {}, (), too_large=used)
     seconds = time.perf_counter() - began
     memory, text = executable.memory_analysis(), executable.as_text()
-    assert memory is not None and text is not None  # the backends that we plan for answer
+    assert memory is not None  # the backends that we plan for answer
+    assert text is not None
     program = hlo.parse(text)
     exchanges = collectives_lib.collectives(program, mesh, unknown_trips=turns)
     return Compiled(
