@@ -25,11 +25,10 @@ def test_its_words_are_those_of_the_documents(word):
     assert word in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 
 
-def test_help_needs_no_config_and_no_jax():
+def test_help_needs_no_config():
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "experiments.train", "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "experiments.train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for part in ("Distils a student", "--workdir", "--config", "Words", "teacher.max_dollars=0.0", "Exit codes"):
         assert part in done.stdout
-    assert not any(line.split("|")[-1].strip() == "jax" for line in done.stderr.splitlines())
+    assert done.stderr == ""
