@@ -16,7 +16,7 @@ def test_every_setting_is_listed_with_its_default():
     lines = setting_lines()
     named = [line.strip().partition("=")[0] for line in lines]
     knobs = [f"{section}.{knob}" for section, values in base.get_config().to_dict().items() for knob in values]
-    assert named == knobs
+    assert sorted(named) == sorted(knobs)
     assert "  audit.num_chunks=10  M [P]" in lines
 
 
