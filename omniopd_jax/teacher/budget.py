@@ -265,7 +265,7 @@ def projected_cost(config: Config) -> str:
 def _asked(config: Config) -> tuple[int, float, float, str]:
     """(calls, prompt tokens, completion tokens, what that assumes) of a step: whole answers, chunks, or both."""
     teacher, audit, rollout = config.teacher, config.audit, config.rollout
-    arms = mixed_arms(config.objective)
+    arms = mixed_arms(config.objective.arm, config.objective.weights)
     calls, prompt_tokens, completion_tokens, assumed = 0, 0.0, 0.0, []
     if {"verify", "branch", "imitate"} & set(arms):
         samples_a_call = find_capability(teacher.kind, teacher.model, teacher.base_url, teacher.capabilities).max_n
