@@ -46,7 +46,7 @@ def initial_student(config: Config, student: Model, tokenizer: Tokenizer) -> Loc
     """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params, adapters = gathering.whole((student.params, student.adapters))
-    params, adapters = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, adapters))
+    params, adapters = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), (params, adapters))  # copies
     module = student.module.clone(layout=None, compute_dtype=dtype)
     copy = dataclasses.replace(student, params=params, adapters=adapters, module=module)
     return LocalTeacher(copy, tokenizer, name="self", template_args=config.data.template_args)

@@ -335,3 +335,33 @@ def test_silence_and_refusal_stop_the_run(words):
     lost = SimpleNamespace(name="a teacher", continue_texts=lambda requests: [])
     with pytest.raises(TeacherStopped, match="answered 0 of 1 requests"):
         _run(words, [response], [[0]], lost)
+
+
+def test_the_teachers_texts_come_in_the_students_tokens(byte_level):
+    """From the clean cut on, at most C tokens, a stop token where the teacher ended its answer within them."""
+    responses = [_response(byte_level, text) for text in MULTILINGUAL]
+    starts = [sorted({7, 13, len(ids) - C}) for ids in responses]
+    rest = {}
+
+    def script(request):
+        answer = MULTILINGUAL[int(request.messages[0].content.split()[1])]
+        text = answer[len(request.prefix) :]
+        rest[request.messages[0].content, request.prefix] = text
+        return [Continuation(text, "stop"), Continuation(text[:6] or "x", "length"), Continuation("", "stop")]
+
+    verdicts, audits, _ = _run(byte_level, responses, starts, script)
+    assert verdicts.text_BxMxNxC.shape == verdicts.text_mask_BxMxNxC.shape == (len(responses), 3, N, C)
+    stop = byte_level.stop_tokens[0]
+    for audit in audits:
+        place, cut = (audit["response"], audit["slot"]), audit["start"] - audit["moved"]
+        assert verdicts.cut_BxM[place] == cut
+        texts = [
+            tokens[mask].tolist()
+            for tokens, mask in zip(verdicts.text_BxMxNxC[place], verdicts.text_mask_BxMxNxC[place], strict=True)
+        ]
+        prefix = byte_level.decode(responses[audit["response"]][:cut])
+        whole = byte_level.encode(rest[f"question {audit['response']}", prefix])
+        assert texts[0] == ([*whole, stop] if len(whole) < C + audit["moved"] else whole)[:C]
+        assert stop not in texts[1]
+        assert texts[2] == [stop]
+        assert not any(texts[3:])

@@ -1,13 +1,22 @@
 """Every arm, two steps from prompts to an exported model."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import pytest
 
 from configs import tiny
+from omniopd_jax.config import ConfigError
+from omniopd_jax.data import load_tokenizer
 from omniopd_jax.eval.evaluate import Judge
 from omniopd_jax.eval.verdict import Verdict
 from omniopd_jax.teacher.local import LocalTeacher
+from omniopd_jax.teacher.scripted import scripted_teacher
 from omniopd_jax.train import experiment, loop
 from omniopd_jax.train.metrics import meaning, read_lines
+from omniopd_jax.train.teachers import initial_student
+from tests.tiny_tokenizers import save_byte_level
 from tests.train.conftest import tiny_model
 
 GRPO = {"rollout.samples_per_prompt": 4, "objective.normalise": "response", "train.updates_per_batch": 2}
@@ -36,7 +45,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(make_config, model, tokenizer, prompts, compiled, tmp_path_factory):
-    def run(name, teacher="local", **changes):
+    def run(name, teacher="local", prompts=prompts, **changes):
         arm = {"objective.arm": name} if name in tiny.ARMS else {}
         settings = {"train.compilation_cache": compiled, "train.steps": 2, "rollout.max_new_tokens": 16}
         config = make_config(**settings | arm | RUNS.get(name, {}) | changes)
@@ -82,3 +91,23 @@ def test_the_control_whose_teacher_is_the_student(run):
     result, lines = run("self", teacher=None)
     assert result.teacher_tokens > 0
     assert lines[-1]["audit/target"] > 0
+
+
+def test_the_student_as_teacher_shares_no_array_with_it(make_config, model, tokenizer):
+    teacher = initial_student(make_config(), model, tokenizer)
+    own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.params)}
+    assert not own & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(teacher.model.params)}
+    jax.tree.map(np.testing.assert_array_equal, teacher.model.params, model.params)
+    teacher.close()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+
+
+def test_what_an_arm_cannot_be_given_is_said_before_anything_is_loaded(run, prompts, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"Arm 'opd' reads the teacher's logits, but scripted.* only writes text"):
+        run("opd", teacher=scripted_teacher("noise"))
+    other = load_tokenizer(save_byte_level(tmp_path))
+    with pytest.raises(ConfigError, match="the teacher's tokenizer differs from the student's"):
+        run("opd", teacher=LocalTeacher(tiny_model(other.vocab_size), other))
+    unanswered = [dataclasses.replace(prompt, answer="") for prompt in prompts]
+    with pytest.raises(ConfigError, match=r"prompt 'p0' has none: name their column in config\.data\.answer_field"):
+        run("grpo", prompts=unanswered)
