@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import platform
+import select
 import signal
 import sys
 
@@ -74,17 +75,20 @@ def _build(spec: dict) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """argv: a JSON object with `root` (an empty folder to mount on), `bind` (paths), `links` (path, target),
-    `tmp_bytes`, `uid` (0: the caller's own); then the command."""
+    """argv: a JSON object with `owner` (the process that this one dies with), `root` (an empty folder to mount on),
+    `bind` (paths), `links` (path, target), `tmp_bytes`, `uid` (0: the caller's own); then the command."""
     spec, command = json.loads(argv[0]), argv[1:]
     uid, gid, is_root = os.getuid(), os.getgid(), os.geteuid() == 0
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != spec["owner"]:
+        return 125  # it died before the line above
     flags = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET | (0 if is_root else _NEWUSER)
     _checked(_LIBC.unshare(flags), "unshare")
     if not is_root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(text)
+    is_alive, held = os.pipe()  # its end is closed when this process dies
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -98,6 +102,9 @@ def main(argv: list[str]) -> int:
         # After the change of user, which would clear it. The exec below drops what a user namespace gave.
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        os.close(held)
+        if select.select([is_alive], [], [], 0)[0]:
+            os._exit(125)
         os.execve(command[0], command, {})
     except OSError as error:
         print(f"namespaces: {error}", file=sys.stderr, flush=True)

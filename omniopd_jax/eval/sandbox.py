@@ -71,7 +71,9 @@ class Wall:
             return _bubblewrap(limits, self.uid)
         if self.name == "namespaces":
             bind, links = _system()
-            spec = dict(root=root, bind=bind, links=links, tmp_bytes=_tmp_bytes(limits), uid=self.uid)
+            spec = dict(
+                owner=os.getpid(), root=root, bind=bind, links=links, tmp_bytes=_tmp_bytes(limits), uid=self.uid
+            )
             return [sys.executable, "-I", "-S", str(_HERE / "namespaces.py"), json.dumps(spec)]
         return []
 

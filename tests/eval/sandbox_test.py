@@ -84,6 +84,12 @@ def test_no_program_can_forge_its_verdict(either, name):
     assert not verdict.passed, verdict
 
 
+def test_pythons_own_names_keep_their_meaning_in_the_tests(either):
+    liar = "all = sorted = abs = isinstance = lambda *a: True\ndef double(x):\n    return 0"
+    assert not either.run_tests(liar, "assert all([double(2) == 4])", LIMITS).passed
+    assert either.run_tests("def double(x):\n    return 4", "assert all([double(2) == 4])", LIMITS).passed
+
+
 def test_tests_that_catch_everything_do_not_hide_that_the_program_is_gone(either):
     tests = "try:\n    double(2)\nexcept BaseException:\n    pass"
     verdict = either.run_tests("import os\ndef double(x):\n    os._exit(0)", tests, LIMITS)
@@ -147,6 +153,7 @@ def test_it_dies_with_the_process_that_started_it(local):
         while not _living(marked) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert _living(marked)
+        time.sleep(0.5)  # bubblewrap is told a moment after its start whom to die with
         owner.kill()
         owner.wait()
     assert not _left_behind(marked)
@@ -194,7 +201,9 @@ def test_it_writes_in_its_own_folder_alone(local, tmp_path):
     assert (out, outcome) == ("/tmp/its_own\n", "")
     assert not (tmp_path / "x").exists()
     assert not Path("/tmp/its_own").exists(), "its /tmp is not ours"
-    assert local.run_program("import os\nprint(os.listdir('/tmp'))", "", LIMITS)[0] == "[]\n", "nor the next program's"
+    assert "its_own" not in local.run_program("import os\nprint(os.listdir('/tmp'))", "", LIMITS)[0], (
+        "nor the next one's"
+    )
 
 
 def test_it_reads_no_secrets(local, tmp_path, monkeypatch):
