@@ -166,7 +166,7 @@ _CLAIMS = (
 def get_config(argument: str = "arithmetic") -> ConfigDict:
     section, is_fast = _parsed(argument)
     config = base.get_config()
-    config.world.update(kind="arithmetic", validation_problems=500, teacher_width=64, batch_size=32)
+    config.world.update(kind="arithmetic", validation_problems=500, teacher_width=64, teacher_steps=1400, batch_size=32)
     config.teacher.token_slack = 1.0  # one tokenizer: a token asked for is a token used
     config.rollout.update(batch_size=32, max_new_tokens=48)
     config.audit.update(num_chunks=4, chunk_tokens=8, num_continuations=1, max_fraction=1.0)
@@ -180,7 +180,7 @@ def get_config(argument: str = "arithmetic") -> ConfigDict:
     elif section == "undertrained":
         config.world.update(misconception=0.0, slip=0.0, student_steps=260)
     elif section == "characters":
-        config.world.update(teacher_tokenizer="characters", teacher_steps=900)
+        config.world.teacher_tokenizer = "characters"
         config.teacher.token_slack = _CHARACTERS
         config.train.max_teacher_tokens = int(_CHARACTERS * _TEACHER_TOKENS)
     elif section == "wrong_teacher":
