@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "report": set(),
     "bench": {
         "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",
+        "worlds",
     },
 }  # fmt: skip
 LOCAL_TEACHER = {"models", "rollout"}  # teacher/local.py is a model of ours

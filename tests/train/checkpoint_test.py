@@ -55,6 +55,27 @@ def test_nothing_to_restore(make_config, tmp_path):
     assert restore(tmp_path / "checkpoints", make_config()) is None
 
 
+def test_the_best_and_those_of_every_so_many_steps_stay(make_config, tmp_path):
+    scores = {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.8, 6: 0.1, 7: 0.2}
+
+    def opened():
+        return Checkpoints(tmp_path / "checkpoints", make_config(), keep=1, keep_every=3, keeps_best=True)
+
+    checkpoints = opened()
+    for step, score in scores.items():
+        assert checkpoints.is_best(score) == (score is not None and step in (1, 2)), step
+        checkpoints.save(make_state(step), {}, score=score)
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 3, 6, 7]
+    again = opened()
+    assert not again.is_best(0.85), "a resumed run knows the best one before it"
+    assert again.is_best(0.95)
+    state, _ = again.restore(make_state(0))
+    assert int(state.step) == 7, "a run goes on from the newest, not from the best"
+    again.close()
+
+
 def damage(folder, how):
     data = max((folder / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     if how == "truncated":
