@@ -99,7 +99,7 @@ def make_plan(
     Raises:
       InputError: the mesh, the batch or the student does not fit.
     """
-    if config.objective.arm == "opd" or (config.objective.arm == "mixture" and config.objective.weights.opd > 0):
+    if programs.has_arm(config, "opd"):
         raise ConfigError(
             f"config.objective.arm={config.objective.arm!r} keeps a white-box teacher on the same chips, which is not "
             "planned: plan another arm and add the teacher's parameters and one forward pass of it."

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from omniopd_jax import models, prng
-from omniopd_jax.config import Config
+from omniopd_jax.config import Config, mixed_arms
 from omniopd_jax.models import DecoderConfig, Model
 from omniopd_jax.models.decoder import Decoder
 from omniopd_jax.models.parameters import nest, parameter_table
@@ -159,14 +159,13 @@ def branch_slots(config: Config) -> int:
     """Branches a response that the arm may hand to the step, before equal ones are merged."""
     chunks, objective = config.audit.num_chunks, config.objective
     return chunks * (
-        objective.num_branches * _has_arm(config, "branch")
-        + config.audit.num_continuations * _has_arm(config, "imitate")
+        objective.num_branches * has_arm(config, "branch") + config.audit.num_continuations * has_arm(config, "imitate")
     )
 
 
-def _has_arm(config: Config, name: str) -> bool:
-    objective = config.objective
-    return objective.arm == name or (objective.arm == "mixture" and getattr(objective.weights, name) > 0)
+def has_arm(config: Config, name: str) -> bool:
+    """Whether an arm is trained, alone or in a mixture."""
+    return name in mixed_arms(config.objective.arm, config.objective.weights)
 
 
 def is_refilled(config: Config) -> bool:
@@ -244,7 +243,7 @@ def compile_scoring(shapes: Shapes) -> list[Compiled]:
     if config.audit.entropy_source == "rescore":
         lowered = rescore.lower(shapes.student, rollout, block_tokens=sharding.block_tokens(config, mesh))
         found.append(compiled("score", lowered, mesh))
-    if _has_arm(config, "branch"):
+    if has_arm(config, "branch"):
         anchors = Anchors(start_BxM=array(chunks, dtype=jnp.int32), is_valid_BxM=array(chunks, dtype=bool))
         made = make_student(config, mesh, stop_tokens=_stops(shapes.student.config), banned_tokens=())
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
@@ -333,8 +332,14 @@ def _prompts(shapes: Shapes, rows: int) -> tuple[Any, Any, Any]:
 
 
 def _rule(shapes: Shapes) -> SamplingRule:
-    decoder = shapes.student.config
-    return SamplingRule(temperature=shapes.config.rollout.temperature, stop_tokens=_stops(decoder))
+    rollout = shapes.config.rollout
+    return SamplingRule(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        stop_tokens=_stops(shapes.student.config),
+    )
 
 
 def _stops(decoder: DecoderConfig) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from omniopd_jax.types import InputError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(*flags: str, timeout: int = 300) -> subprocess.CompletedProcess:
+def _run(*flags: str, timeout: int = 900) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "experiments.plan", *flags],
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
