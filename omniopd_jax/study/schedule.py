@@ -13,6 +13,7 @@ from omniopd_jax.study import design
 from omniopd_jax.study.design import Run, Study
 from omniopd_jax.study.measure import score
 from omniopd_jax.study.run import read_measured
+from omniopd_jax.train.stops import Interrupts
 from omniopd_jax.types import InputError
 
 Report = Callable[[str], None]
@@ -64,6 +65,7 @@ def do_all(
       poll_s: seconds between looks at the processes.
 
     Raises:
+      Interrupted: Ctrl-C or SIGTERM; the jobs under way were told to stop and are waited for.
       RunFailed: jobs ended with an error; everything that does not need them was done.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,25 +73,27 @@ def do_all(
     active: dict[str, tuple[subprocess.Popen, float]] = {}
     failed: list[str] = []
     try:
-        while True:
-            for job, (process, began) in list(active.items()):
-                if process.poll() is not None:
-                    del active[job]
-                    report(f"{job}: {'done' if process.returncode == 0 else 'FAILED'}, {time.time() - began:.0f} s")
-                    failed += [job] if process.returncode else []
-            jobs = [job for job in next_jobs(study, folder) if job not in active and job not in failed]
-            for job in jobs[: workers - len(active)]:
-                log = _log(folder, job)
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("ab") as lines:
-                    process = subprocess.Popen(
-                        [*command, str(folder), job], stdout=lines, stderr=lines, env=environment
-                    )
-                active[job] = (process, time.time())
-                report(f"{job}: started")
-            if not active:
-                break
-            time.sleep(poll_s)
+        with Interrupts().installed() as interrupts:
+            while True:
+                for job, (process, began) in list(active.items()):
+                    if process.poll() is not None:
+                        del active[job]
+                        report(f"{job}: {'done' if process.returncode == 0 else 'FAILED'}, {time.time() - began:.0f} s")
+                        failed += [job] if process.returncode else []
+                jobs = [job for job in next_jobs(study, folder) if job not in active and job not in failed]
+                for job in jobs[: workers - len(active)]:
+                    log = _log(folder, job)
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    with log.open("ab") as lines:
+                        process = subprocess.Popen(
+                            [*command, str(folder), job], stdout=lines, stderr=lines, env=environment
+                        )
+                    active[job] = (process, time.time())
+                    report(f"{job}: started")
+                if not active:
+                    break
+                time.sleep(poll_s)
+                interrupts.check()
     finally:
         for process, _ in active.values():
             process.terminate()

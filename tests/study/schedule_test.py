@@ -1,6 +1,8 @@
 """The scheduler does what is wanted, no more at a time than it may, and goes on from what is finished."""
 
 import json
+import os
+import signal
 import sys
 import time
 
@@ -9,6 +11,7 @@ import pytest
 from omniopd_jax.study import design, job, results, schedule
 from omniopd_jax.study.design import Run
 from omniopd_jax.study.run import MEASURED
+from omniopd_jax.train.stops import Interrupted
 from tests.study.design_test import GRID, plain
 
 # What a job would write, without the job: accuracy rises with the learning rate up to 4e-4 and falls behind it.
@@ -31,7 +34,8 @@ else:
     found = part(0.9 if rate == 4e-4 else 0.3) | dict(failed="", updates=100, teacher_tokens=800,
         teacher_tokens_read=900, seconds_an_update=0.1, cpu_seconds_an_update=0.2)
 path.mkdir(parents=True, exist_ok=True)
-(path / "measured.json").write_text(json.dumps(found))
+(path / "part").write_text(json.dumps(found))
+(path / "part").rename(path / "measured.json")
 """
 
 
@@ -83,17 +87,19 @@ def test_a_job_that_breaks_is_named_with_its_last_words(study, tmp_path):
     assert schedule.next_jobs(study, folder) == []
 
 
-def test_an_interrupt_leaves_no_process_behind(study, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_process_behind(study, tmp_path, number):
     script = tmp_path / "sleeper.py"
     script.write_text("import time; time.sleep(60)", encoding="utf-8")
+    began, said = time.time(), []
 
     def stop(line):
-        raise KeyboardInterrupt
+        said.append(line)
+        os.kill(os.getpid(), number)
 
-    folder = tmp_path / "s"
-    began = time.time()
-    with pytest.raises(KeyboardInterrupt):
-        schedule.do_all(study, folder, workers=2, report=stop, command=[sys.executable, str(script)])
+    with pytest.raises(Interrupted):
+        schedule.do_all(study, tmp_path / "s", workers=1, report=stop, command=[sys.executable, str(script)])
+    assert said == ["world/0: started"]
     assert time.time() - began < 30
 
 
