@@ -77,7 +77,7 @@ CHARTS = (
             ("loss/ratio", "ratio"),
             ("loss/anchor", "anchor"),
         ),
-        "What the update minimises. Its value is no measure of quality: the similarity is.",
+        "What the update minimises. Its value is no measure of quality.",
     ),
     Chart(
         "Learning",

@@ -204,7 +204,7 @@ async function auditViewer(parent, settings) {
       span.dataset.t = t;
       spans.push(span);
       // The number stays on the line of the token that it marks.
-      if (badge && text.length <= 24) parentNode.append(el("span", { class: "lead" }, badge, span));
+      if (badge && text.length <= 24) parentNode.append(el("span", { class: "first" }, badge, span));
       else parentNode.append(span);
       badge = null;
     });
