@@ -88,6 +88,9 @@ def run_shapes(config: Config, decoder: DecoderConfig, mesh: Mesh, compute_dtype
     module = Decoder(decoder, jnp.dtype(compute_dtype))
     params = _placed(_params(decoder, dtype), sharding.config_shardings(mesh, decoder))
     student = sharding.laid_out(Model(config=decoder, module=module, params=params), mesh)
+    platform = mesh.devices.flat[0].platform
+    kernel = models.kernel_of(config.student.attention, decoder, module.compute_dtype, platform=platform)
+    student = models.with_kernel(student, models.Kernel(kernel, layout=student.module.layout))
     if config.lora.rank > 0:
         adapted = jax.eval_shape(
             lambda model, key: models.add_adapters(
