@@ -7,10 +7,10 @@ import re
 import pytest
 
 from configs import base, qwen3
-from omniopd_jax.algo.registry import needs_of
-from omniopd_jax.config import ConfigError, from_mapping, mixed_arms
+from omniopd_jax.config import ConfigError, from_mapping
 from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 from omniopd_jax.teacher.factory import make_teacher
+from omniopd_jax.train.credit import needs_of
 
 FILES = [f"{size}_{domain}" for size in qwen3.STUDENTS for domain in qwen3.DOMAINS]
 ROWS = [
@@ -28,7 +28,7 @@ def test_every_row_builds_validates_and_dry_runs(file):
         values = module.get_config(f"{arm},{teacher}")
         values.teacher.dry_run = True
         config = from_mapping(values)
-        needs = needs_of(mixed_arms(config.objective), config.objective.divergence)
+        needs = needs_of(config)
         assert (config.teacher.kind in API_KINDS) == needs.text, "who is paid is asked, and nobody else"
         if config.teacher.kind in API_KINDS:
             text = projected_cost(config)
