@@ -37,8 +37,8 @@ def get_estimators(argument: str = "arithmetic") -> dict[str, Any]:
     ]
     is_fast = "fast" in argument
     return dict(
-        batches=2 if is_fast else 24,
-        reference_batches=2 if is_fast else 48,
+        batches=2 if is_fast else 16,
+        reference_batches=2 if is_fast else 32,
         budget=6_500,
         estimators=arms if is_fast else arms + more,
     )
