@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -69,6 +72,33 @@ def tree_loss(
             "update/tokens": jnp.sum(jnp.asarray(tree.ratio_weight_BxT) != 0, dtype=jnp.float32),
         }
     return loss, metrics | {"loss/total": loss}
+
+
+TOKEN_FIELDS = ("weight_BxT", "anchor_weight_BxT", "ratio_weight_BxT", "old_logprob_BxT", "power_BxT")
+
+
+@functools.cache
+def token_loss(clip: float) -> Callable[[Array, Array, Mapping[str, Array]], Array]:
+    """`tree_loss` of n trunk tokens, (logprob_n, kl_n, TOKEN_FIELDS of these tokens) → scalar: a sum over tokens, which
+    `fused.fused_terms` takes the gradient of a block at a time. One function a clip, so that it compiles once."""
+
+    def loss(logprob_n: Array, kl_n: Array, fields: Mapping[str, Array]) -> Array:
+        nothing = jnp.zeros((1, 0, 1), jnp.float32)
+        tokens = jnp.zeros((1, logprob_n.shape[0]), jnp.int32)
+        tree = TokenTree(
+            prompt_tokens_BxP=tokens[:, :0],
+            prompt_mask_BxP=tokens[:, :0] > 0,
+            tokens_BxT=tokens,
+            mask_BxT=tokens >= 0,
+            branch_tokens_BxRxC=nothing.astype(jnp.int32),
+            branch_mask_BxRxC=nothing > 0,
+            branch_weight_BxRxC=nothing,
+            branch_start_BxR=tokens[:, :0],
+            **{name: value[None] for name, value in fields.items()},
+        )
+        return tree_loss(logprob_n[None], nothing, kl_n[None], tree, clip=clip)[0]
+
+    return loss
 
 
 def with_confidence(weight: Array, logprob: Array, power: Array | None) -> Array:

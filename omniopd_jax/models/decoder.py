@@ -26,6 +26,7 @@ from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
 
 Remat = Literal["none", "full", "dots"]
+_HEAD = "head"  # among the parameters of a model that is laid out for decoding: the output head, DxV
 
 
 @struct.dataclass
@@ -202,6 +203,17 @@ def for_decoding(model: Model) -> Model:
     return dataclasses.replace(model, params=params, adapters=adapters)
 
 
+@jax.jit
+def laid_out_for_decoding(model: Model) -> Model:
+    """`for_decoding` as a program of its own, for loops that are entered often; a tied head gets an array in its order.
+
+    A few rows times the transpose of an embedding takes a CPU nearly twice as long as times the head itself.
+    """
+    head = unembedding(model)
+    model = for_decoding(model)
+    return dataclasses.replace(model, params=dict(model.params, **{_HEAD: head}))
+
+
 def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any) -> tuple[Array, list[Any]]:
     """The layers one by one, each with its own context. Returns (hidden_BxNxD, what each layer's attention kept)."""
     model = for_decoding(model)
@@ -340,6 +352,8 @@ def decode_branches(model: Model, token_BxR: Array, cache: BranchCache) -> tuple
 
 def unembedding(model: Model) -> Array:
     """The output head DxV in the compute dtype; the embedding's transpose where the two are tied."""
+    if _HEAD in model.params:
+        return model.params[_HEAD]
     kernel = model.params["embedding"].T if model.config.is_tied else model.params["lm_head"]
     kernel = kernel.astype(model.module.compute_dtype)
     layout = model.module.layout

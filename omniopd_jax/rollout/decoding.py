@@ -121,6 +121,14 @@ def decode(
     return jax.lax.while_loop(goes_on, advance, state)
 
 
+def stepper(model: models.Model) -> models.Model:
+    """The model as the decoding loops are handed it: on a CPU laid out once for all of them.
+
+    On an accelerator the loop's own program does it, because weights that lie there twice may not fit.
+    """
+    return models.laid_out_for_decoding(model) if jax.default_backend() == "cpu" else model
+
+
 def head(model: models.Model, rule: SamplingRule) -> Callable[[Array, Array], Draw]:
     """(hidden_AxD, uniform_AxQ) -> Draw with this model's output projection."""
     return functools.partial(

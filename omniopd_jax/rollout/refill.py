@@ -52,6 +52,7 @@ def sample(
     # Admitting a few at a time shares the prefill's cost; until then fewer slots than that stand idle.
     group = max(1, slots // 4)
     state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
+    stepper = decoding.stepper(model)
     waiting = 0  # the next prompt to be admitted
     is_active = np.zeros(slots, bool)
     while True:

@@ -87,10 +87,11 @@ def sample(
         return refill.sample(model, tokens_BxP, mask_BxP, keys_B, slots=slots, max_new_tokens=max_new_tokens, rule=rule)
     width = tokens_BxP.shape[1]
     state = read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
+    stepper = decoding.stepper(model)
     for until in segments(max_new_tokens):
         # The last token drawn is never read back, so it needs no column.
         state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=roomy(width + until - 1)))
-        state = decode_segment(model, state, keys_B, until=until, rule=rule)
+        state = decode_segment(stepper, state, keys_B, until=until, rule=rule)
         if until < max_new_tokens and not jnp.any(state.is_active_A):
             break
     return Rollout(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from omniopd_jax.algo.divergences import anchor_kl, logprob_and_anchor_kl, teacher_divergence
+from omniopd_jax.algo.divergences import teacher_divergence
 from omniopd_jax.algo.entropy import token_logprob
-from omniopd_jax.algo.losses import k3_kl, tree_loss
+from omniopd_jax.algo.fused import fused_terms
+from omniopd_jax.algo.losses import TOKEN_FIELDS, k3_kl, token_loss, tree_loss
 from omniopd_jax.models import Model, decoder
 from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, spread_tree, trainable_axes
 from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
@@ -120,23 +121,35 @@ def tree_terms(
         branch_hidden_BxRxCxD = jnp.zeros((rows, slots, 0, hidden_BxSxD.shape[-1]), hidden_BxSxD.dtype)
     unembed_DxV = decoder.unembedding(model)
     hidden_BxTxD = hidden_BxSxD[:, prompt_width - 1 : -1]  # column s predicts the token at s + 1
-    logprob_BxT, kl_BxT = _trunk_terms(model, reference, tree, tokens_BxS, mask_BxS, hidden_BxTxD, options, blocks)
-
+    carrier, logprob_BxT, kl_BxT = _trunk_terms(
+        model, reference, tree, tokens_BxS, mask_BxS, hidden_BxTxD, options, blocks
+    )
     branch_logprob_BxRxC = jnp.zeros((rows, slots, width), jnp.float32)
     if slots:
         first_BxRxD = jnp.take_along_axis(hidden_BxSxD, column_BxR[:, :, None] - 1, axis=1)
         hidden_BxRxCxD = jnp.concatenate([first_BxRxD[:, :, None], branch_hidden_BxRxCxD], axis=2)
-        branch_logprob_BxRxC = token_logprob(
+        weight_BxN = tree.branch_weight_BxRxC.reshape(rows, slots * width)
+        fields = {"weight_BxT": weight_BxN, "anchor_weight_BxT": jnp.zeros_like(weight_BxN)}
+        if tree.branch_power_BxR is not None:
+            fields["power_BxT"] = jnp.repeat(tree.branch_power_BxR, width, axis=1)
+        of_branches, branch_logprob_BxN, _ = fused_terms(
+            token_loss(options.clip),
             hidden_BxRxCxD.reshape(rows, slots * width, -1),
             unembed_DxV,
             tree.branch_tokens_BxRxC.reshape(rows, slots * width),
+            fields,
             **blocks,
-        ).reshape(rows, slots, width)
+        )
+        carrier += of_branches
+        branch_logprob_BxRxC = branch_logprob_BxN.reshape(rows, slots, width)
     divergence_BxT = None
     if tree.divergence_weight_BxT is not None:
         assert teacher is not None
         divergence_BxT = _divergence(teacher, tokens_BxS, mask_BxS, hidden_BxTxD, unembed_DxV, options, blocks)
-    return tree_loss(logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree, divergence_BxT=divergence_BxT, clip=options.clip)
+    loss, terms = tree_loss(
+        logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree, divergence_BxT=divergence_BxT, clip=options.clip
+    )
+    return loss + carrier, terms
 
 
 def _trunk_terms(
@@ -148,25 +161,26 @@ def _trunk_terms(
     hidden_BxTxD: Array,
     options: StepOptions,
     blocks: dict[str, Any],
-) -> tuple[Array, Array]:
-    """(logprob_BxT, kl_BxT), zeros for what no token is weighted with."""
+) -> tuple[Array, Array, Array]:
+    """(carrier, logprob_BxT, kl_BxT), see `fused_terms`; zeros for what no token is weighted with."""
+    nothing = jnp.zeros((), jnp.float32)
     nothing_BxT = jnp.zeros(tree.tokens_BxT.shape, jnp.float32)
     unembed_DxV = decoder.unembedding(model)
     has_trunk = options.has_trunk or tree.ratio_weight_BxT is not None
+    if not options.has_anchor and not has_trunk:
+        return nothing, nothing_BxT, nothing_BxT
+    fields = {name: getattr(tree, name) for name in TOKEN_FIELDS if getattr(tree, name) is not None}
+    student = (hidden_BxTxD, unembed_DxV, tree.tokens_BxT)
     if not options.has_anchor:
-        if not has_trunk:
-            return nothing_BxT, nothing_BxT
-        return token_logprob(hidden_BxTxD, unembed_DxV, tree.tokens_BxT, **blocks), nothing_BxT
+        return fused_terms(token_loss(options.clip), *student, fields, **blocks)
     assert reference is not None
     reference_hidden_BxSxD, _ = decoder.read(reference, tokens_BxS, mask_BxS)
     reference_hidden_BxTxD = reference_hidden_BxSxD[:, tree.prompt_tokens_BxP.shape[1] - 1 : -1]
-    sides = (reference_hidden_BxTxD, decoder.unembedding(reference), hidden_BxTxD, unembed_DxV)
+    sides = (reference_hidden_BxTxD, decoder.unembedding(reference))
     if options.anchor_estimator == "k3":
-        logprob_BxT = token_logprob(hidden_BxTxD, unembed_DxV, tree.tokens_BxT, **blocks)
-        return logprob_BxT, k3_kl(token_logprob(*sides[:2], tree.tokens_BxT, **blocks), logprob_BxT)
-    if not has_trunk:
-        return nothing_BxT, anchor_kl(*sides, **blocks)
-    return logprob_and_anchor_kl(*sides, tree.tokens_BxT, **blocks)
+        logprob_BxT = token_logprob(*student, **blocks)
+        return nothing, logprob_BxT, k3_kl(token_logprob(*sides, tree.tokens_BxT, **blocks), logprob_BxT)
+    return fused_terms(token_loss(options.clip), *student, fields, sides, **blocks)
 
 
 def _divergence(
