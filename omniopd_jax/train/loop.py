@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from omniopd_jax.config import Config
@@ -150,7 +151,8 @@ def one_step(
         packed = batching.pack(seen.credit.tree)
         count = len(packed.tokens_BxT) // (config.train.micro_batch_size or config.rollout.batch_size)
         trees = batching.to_devices(batching.micro_batches(packed, count), experiment.mesh, axis=1)
-        experiment.state, on_devices = experiment.step(experiment.state, trees)
+        with jax.transfer_guard("disallow"):  # all that an update reads lies on the devices: none waits for the host
+            experiment.state, on_devices = experiment.step(experiment.state, trees)
         updated = {name: float(value) + 0.0 for name, value in batching.to_host(on_devices).items()}
     terms = {name: np.asarray(updated[name]) for name in TERMS if name in updated}
     check_finite(step, terms, is_finite=bool(updated.pop("is_finite")))
