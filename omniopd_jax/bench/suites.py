@@ -179,8 +179,16 @@ def step(options: Options) -> Iterator[Contest]:
             batch=_size(options.batch, 16), prompt_tokens=12, new_tokens=_size(options.new_tokens, 96),
             chunks=4, chunk_tokens=8,
         )  # fmt: skip
-        spec = _spec(options, model, "step", config=_run_config(options, shape, cache="auto"))
-        yield Contest("step, slow teacher", model, shape, [Entrant("ours", spec)], tokens=0, cost=None)
+
+        def spec(micro_batches: int, shape: dict[str, int] = shape, model: str = model) -> dict[str, Any]:
+            config = _run_config(options, shape, cache="auto")
+            config["pipeline"] |= dict(micro_batches=micro_batches)
+            return _spec(options, model, "step", config=config)
+
+        yield Contest(
+            "step, slow teacher", model, shape, [Entrant("ours", spec(4)), Entrant("no overlap", spec(1))],
+            tokens=0, cost=None,
+        )  # fmt: skip
 
 
 def start(options: Options) -> Iterator[Contest]:
