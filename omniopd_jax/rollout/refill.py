@@ -1,7 +1,9 @@
 """Continuous batching: W prompts on fewer slots; a slot whose response has ended takes the next waiting prompt.
 
 The device decodes until a few slots are idle; the host then looks at one small array, hands the idle slots to waiting
-prompts, and lets it go on. All else stays on the device, and nothing is compiled anew between rounds.
+prompts, and lets it go on. When nobody waits any more, the responses that are left move into half as many slots
+whenever these are enough, so that the last ones do not pay for slots that stand idle. All else stays on the device, and
+nothing but the halved sizes is compiled anew.
 """
 
 from __future__ import annotations
@@ -49,8 +51,10 @@ def sample(
 ) -> Rollout:
     """`sampler.sample` for W prompts with at most `slots` of them on the device at a time, in the order given."""
     num_prompts = tokens_WxP.shape[0]
-    # Admitting a few at a time shares the prefill's cost; until then fewer slots than that stand idle.
-    group = max(1, slots // 4)
+    group = group_of(slots)
+    # Rows of one device may move together; rows that lie on several stay where they are.
+    layout = model.module.layout
+    fewest = group if layout is None or layout.mesh.size == 1 else slots
     state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
     stepper = decoding.stepper(model)
     waiting = 0  # the next prompt to be admitted
@@ -61,10 +65,22 @@ def sample(
             rows = np.arange(waiting, waiting + group)
             row_F, slot_F = np.minimum(rows, num_prompts).astype(np.int32), idle[:group].astype(np.int32)
             state = admit(model, state, tokens_WxP, mask_WxP, keys_W, row_F, slot_F, rule=rule)
+            is_active[slot_F] = True
             waiting, idle = waiting + group, idle[group:]
         is_waiting = waiting < num_prompts
-        state = decode_round(model, state, keys_W, np.int32(slots - group if is_waiting else 0), rule=rule)
-        is_active = np.array(gathering.whole(state.is_active_B))
+        size = len(is_active)
+        if not is_waiting and size > fewest and is_active.sum() <= size // 2:
+            # Nobody waits and half the slots are idle: what is left goes on in half as many.
+            size = size // 2
+            kept = np.argsort(~is_active, kind="stable")[:size].astype(np.int32)
+            state, is_active = _keep(state, kept), is_active[kept]
+        if is_waiting:
+            num_left = slots - group
+        else:
+            num_left = size // 2 if size > fewest else 0
+        if is_active.sum() > num_left or is_waiting:
+            state = decode_round(stepper, state, keys_W, np.int32(num_left), rule=rule)
+            is_active = np.array(gathering.whole(state.is_active_B))
         if not is_waiting and not is_active.any():
             break
     return Rollout(
@@ -76,6 +92,11 @@ def sample(
         is_finished_B=state.is_finished_W,
         entropy_BxT=state.entropy_WxT,
     )
+
+
+def group_of(slots: int) -> int:
+    """Prompts admitted at a time: a few share the prefill's cost, and until then fewer slots than that stand idle."""
+    return max(1, slots // 8)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "max_new_tokens"))
@@ -135,6 +156,21 @@ def admit(
         is_active_B=state.is_active_B.at[slot_F].set(fresh.is_active_A),
     )
     return _collect(state, fresh, row_F, zero_F)
+
+
+@jax.jit
+def _keep(state: Slots, slot_F: Array) -> Slots:
+    """The same responses in fewer slots: those of the F given ones; the others must be idle."""
+    rows = dataclasses.replace(state.cache, length=())
+    cache = jax.tree.map(lambda array: jnp.take(array, slot_F, axis=0), rows)
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, length=state.cache.length),
+        row_B=state.row_B[slot_F],
+        token_B=state.token_B[slot_F],
+        drawn_B=state.drawn_B[slot_F],
+        is_active_B=state.is_active_B[slot_F],
+    )
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames="state")

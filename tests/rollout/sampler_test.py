@@ -115,7 +115,7 @@ def test_neighbours_place_and_padding_do_not_matter(model, rollout):
 
 
 def test_refilled_slots_give_the_same_responses(model, rollout):
-    refilled = _sample(model, slots=8)  # two admitted at a time, the last of them alone
+    refilled = _sample(model, slots=16)  # two admitted at a time, the last of them alone; then in 8, 4 and 2 slots
     assert _responses(refilled) == _responses(rollout)
     np.testing.assert_array_equal(refilled.is_finished_B, rollout.is_finished_B)
     np.testing.assert_allclose(refilled.logprob_BxT, rollout.logprob_BxT, atol=1e-5)
