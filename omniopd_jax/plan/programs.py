@@ -209,7 +209,7 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
     empty = compiled("empty slots", lowered, mesh)
     if empty.too_large:
         return [empty]
-    group = max(1, rollout.slots // 4)
+    group = refill.group_of(rollout.slots)
     row_F = jax.ShapeDtypeStruct((group,), jnp.int32, sharding=whole)
     lowered = refill.admit.lower(model, empty.result, tokens_WxP, mask_WxP, keys_W, row_F, row_F, rule=rule)
     admit = compiled("prefill", lowered, mesh)
