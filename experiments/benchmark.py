@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --suite=all --json=bench.jsonl
     python -m experiments.benchmark --suite=rollout --model=A,B --cores=0 --peers --json=bench.jsonl
-    python -m experiments.benchmark --tables=bench.jsonl
+    python -m experiments.benchmark --tables=bench.jsonl --into=docs/benchmarks.md
 
 One JSON object a line and contestant: median seconds over the repeats after warm-up, tokens a second, the bound (least
 arithmetic at the best matrix product measured in the same run, least bytes at the read bandwidth measured beside it)
@@ -36,11 +36,16 @@ _CLOCK = flags.DEFINE_enum(
 _PEERS = flags.DEFINE_bool("peers", False, "Have transformers, TRL and Tunix do the same work.")
 _JSON = flags.DEFINE_string("json", None, "File that the records are added to.")
 _TABLES = flags.DEFINE_string("tables", None, "Print the tables of such a file, measure nothing.")
+_INTO = flags.DEFINE_string("into", None, "With --tables: a document whose tables are replaced, between its marks.")
 
 
 def main() -> None:
     if _TABLES.value:
-        print(tables.markdown(tables.read(Path(_TABLES.value))))
+        text = tables.markdown(tables.read(Path(_TABLES.value)))
+        if _INTO.value:
+            tables.put_into(Path(_INTO.value), text)
+        else:
+            print(text)
         return
     settings = contest.Settings(repeats=_REPEATS.value, cores=_cores(), clock=_CLOCK.value)
     contest.pin(settings.cores)

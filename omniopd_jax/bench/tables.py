@@ -10,6 +10,7 @@ from typing import Any
 from omniopd_jax.types import InputError
 
 Record = Mapping[str, Any]
+_BEGIN, _END = "<!-- tables begin -->", "<!-- tables end -->"
 _COLUMNS = ("contestant", "median", "tokens/s", "× bound", "memory", "compiled anew", "ours is faster", "bar")
 
 
@@ -67,6 +68,22 @@ def markdown(records: Iterable[Record]) -> str:
             previous = work
         parts.append("")
     return "\n".join(parts)
+
+
+def put_into(path: Path, text: str) -> None:
+    """Replaces what stands between the two marks of a document.
+
+    Raises:
+      InputError: no such document, or one without the marks.
+    """
+    if not path.is_file():
+        raise InputError(f"--into={path}: no such file.")
+    document = path.read_text(encoding="utf-8")
+    head, begin, rest = document.partition(_BEGIN)
+    _, end, tail = rest.partition(_END)
+    if not begin or not end:
+        raise InputError(f"--into={path} needs the lines {_BEGIN} and {_END}, between which the tables go.")
+    path.write_text(f"{head}{_BEGIN}\n{text.rstrip()}\n{_END}{tail}", encoding="utf-8")
 
 
 def _machine_line(group: Sequence[Record]) -> str:

@@ -102,6 +102,17 @@ def test_tables_hold_the_last_contest_of_each_kind(records, tmp_path):
         tables.read(path)
 
 
+def test_tables_go_between_the_marks_of_a_document(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- tables begin -->\nold\n<!-- tables end -->\nafter\n", encoding="utf-8")
+    tables.put_into(path, "new\n\n")
+    expected = "before\n<!-- tables begin -->\nnew\n<!-- tables end -->\nafter\n"
+    assert path.read_text(encoding="utf-8") == expected
+    path.write_text("no marks", encoding="utf-8")
+    with pytest.raises(InputError, match="needs the lines"):
+        tables.put_into(path, "new")
+
+
 def test_costs_of_a_shape_counted_by_hand():
     c = shapes.read_shape("A")
     layer = 256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 768
