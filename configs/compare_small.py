@@ -60,11 +60,17 @@ _MAIN = (
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
+    _arm("imitate", "`imitate`", _IMITATE),
+    _arm(
+        "mixture",
+        "mixture: `branch` + 0.2 · `imitate`",
+        BRANCH,
+        {"objective.arm": "mixture", "objective.weights.branch": 1.0, "objective.weights.imitate": 0.2},
+    ),
     _control("branch_self", "`branch`, the student its own teacher", "branch_repulsion", _REPULSION, _SELF),
     _control("verify_self", "`verify`, the student its own teacher", "verify", VERIFY, _SELF),
     _arm("branch", "`branch`", BRANCH),
     _arm("grpo", "GRPO, reward from the reference answer", _GRPO),
-    _arm("imitate", "`imitate`", _IMITATE),
 )
 _VARIANTS = (
     _arm("verify_loo", "`verify`, leave-one-out baseline", VERIFY, {"objective.baseline": "leave_one_out"}),
@@ -79,10 +85,10 @@ _VARIANTS = (
     _arm("imitate_confident", "`imitate`, weighted by p^0.5", _IMITATE, {"objective.confidence_power": 0.5}),
     _arm("opd_forward", "white-box OPD, forward KL", _OPD, {"objective.divergence": "forward_kl"}),
     _arm(
-        "mixture",
-        "mixture: `branch` + 0.2 · `imitate`",
+        "mixture_even",
+        "mixture: `branch` + `imitate`",
         BRANCH,
-        {"objective.arm": "mixture", "objective.weights.branch": 1.0, "objective.weights.imitate": 0.2},
+        {"objective.arm": "mixture", "objective.weights.branch": 1.0, "objective.weights.imitate": 1.0},
     ),
 )
 _CONTROLS = (
@@ -159,6 +165,9 @@ _CLAIMS = (
     dict(text="`branch` with repulsion is ahead of GRPO", better="branch_repulsion", worse="grpo"),
     dict(text="`branch` is ahead of `branch` with repulsion", better="branch", worse="branch_repulsion"),
     dict(text="`branch` is ahead of `imitate`", better="branch", worse="imitate"),
+    dict(text="The mixture is ahead of `branch` with repulsion", better="mixture", worse="branch_repulsion"),
+    dict(text="The mixture is ahead of SFT", better="mixture", worse="sft"),
+    dict(text="The mixture is ahead of white-box OPD", better="mixture", worse="opd_reverse"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip
 
