@@ -12,9 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import config_flags
 
 from experiments.screen import RunWatch, Screen
@@ -66,7 +68,9 @@ def read_config(holder: flags.FlagHolder) -> Config:
 
 
 def workdir(value: str | None, default: str) -> Path:
-    """The work directory as an absolute path; not created here."""
+    """The work directory as an absolute path, or as an address (gs://…); not created here."""
+    if "://" in (value or default):
+        return cast(Path, epath.Path(value or default))
     return Path(os.path.expanduser(value or default)).absolute()
 
 

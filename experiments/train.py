@@ -30,7 +30,8 @@ def main() -> None:
         result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
     if is_first:
         print(result)
-        print(f"report   {command.write_report(workdir)}")
+        print(f"report   {command.write_report(result.workdir)}")
+        result.mirror.push()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python tests/multi_device_test.py      prints one JSON object a mesh
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+VOCABULARY = 1016  # no other size of the program is this, or half of it
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,17 @@ def test_responses_do_not_depend_on_the_mesh(found, mesh):
     assert found[mesh]["branches"] == found["one"]["branches"]
 
 
-def test_a_checkpoint_of_eight_devices_is_read_on_one(found):
-    assert found["all"]["restored_on_one"]
+def test_a_checkpoint_of_eight_devices_is_read_on_two_and_on_one(found):
+    assert found["all"]["restored_on"] == {"1": True, "2": True}
+
+
+def test_the_vocabulary_stays_split_on_a_tensor_axis(found):
+    """Widths are gathered, the vocabulary is not: neither the head [D, V] nor the logits of a block [n, V]."""
+    gathered = found["all"]["gathered"]
+    half = [shape for shape in gathered if VOCABULARY // 2 in shape]
+    assert half, "the head's own half is gathered along its width"
+    assert not [shape for shape in gathered if VOCABULARY in shape]
+    assert found["all"]["reduced_maxima"], "the largest logit is found by all devices together"
 
 
 def main() -> None:
@@ -72,12 +83,12 @@ def main() -> None:
     from omniopd_jax.train.checkpoint import Checkpoints
     from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
     from omniopd_jax.train.score import make_student
-    from omniopd_jax.train.step import StepOptions, init_state, make_step, state_shardings, without_trainable
+    from omniopd_jax.train.step import StepOptions, init_state, jit_step, state_shardings, without_trainable
     from omniopd_jax.types import TokenTree
 
     decoder = models.decoder_config(
         dict(
-            architectures=["Qwen3ForCausalLM"], vocab_size=64, hidden_size=32, num_hidden_layers=2,
+            architectures=["Qwen3ForCausalLM"], vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2,
             num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=64, rms_norm_eps=1e-6,
             tie_word_embeddings=True, max_position_embeddings=128,
         )
@@ -109,16 +120,15 @@ def main() -> None:
     values.optimizer.update(learning_rate=1.0, warmup_steps=0, b1=0.0, b2=0.0, eps=1.0, clip_norm=0.0)
     config = from_mapping(values)
     optimizer = make_optimizer(config.optimizer, 10)
-    saved = {}
 
     for name, sizes in MESHES.items():
         mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         shardings = state_shardings(mesh, model, optimizer)
         state = init_state(model, optimizer, shardings)
         here = sharding.placed(model, mesh)
-        step = make_step(
-            without_trainable(model),
-            sharding.placed(reference, mesh),
+        fixed = (without_trainable(here), sharding.placed(reference, mesh))
+        jitted = jit_step(
+            *fixed,
             optimizer,
             learning_rate_schedule(config.optimizer, 10),
             mesh,
@@ -126,7 +136,9 @@ def main() -> None:
             StepOptions(block_tokens=32),
         )
         bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-        state, metrics = step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))
+        trees = batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1)
+        compiled = jitted.lower(state, *fixed, trees).compile()
+        state, metrics = compiled(state, *fixed, trees)
         change = jax.tree.map(
             lambda new, old: np.asarray(new, np.float64) - np.asarray(old, np.float64),
             state.params,
@@ -161,17 +173,28 @@ def main() -> None:
                 "starts": anchors.start_BxM.tolist(),
                 "branches": branches.tokens_BxMxGxC.tolist(),
             }
-            saved[name] = state
         if name == "all":
+            program = compiled.as_text().splitlines()
+            line["gathered"] = [
+                [int(size) for size in re.findall(r"\d+", shape)]
+                for instruction in program
+                if " all-gather" in instruction
+                for shape in re.findall(r"\[([\d,]*)\]", instruction.split(" all-gather")[0])
+            ]
+            line["reduced_maxima"] = sum(" all-reduce" in row and "reduce_max" in row for row in program)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoints = Checkpoints(Path(folder), config, keep=1)
                 checkpoints.save(state, {})
                 checkpoints.wait()
-                restored, _ = checkpoints.restore(saved["one"])
-                line["restored_on_one"] = all(
-                    len(a.sharding.device_set) == 1 and np.array_equal(a, b)
-                    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
-                )
+                line["restored_on"] = {}
+                for count in (1, 2):
+                    few = sharding.make_mesh(MeshConfig(1, count, 1), jax.devices()[:count])
+                    like = init_state(model, optimizer, state_shardings(few, model, optimizer))
+                    restored, _ = checkpoints.restore(like)
+                    line["restored_on"][count] = all(
+                        len(a.sharding.device_set) == count and np.array_equal(a, b)
+                        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
+                    )
                 checkpoints.close()
         print(json.dumps(line), flush=True)
 

@@ -104,6 +104,7 @@ def start(
             address or None,
             count,
             index if index >= 0 else None,
+            None if address else _all_devices_of_a_node(environment),
             initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
@@ -131,6 +132,15 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
     has_chips = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
     wants_them = environment.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     return has_chips and wants_them and importlib.util.find_spec("libtpu") is not None
+
+
+def _all_devices_of_a_node(environment: Mapping[str, str]) -> list[int] | None:
+    """Under Slurm jax gives each process one GPU; the only process of a node gets all that the node was given."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if tasks.partition("(")[0] != "1" or not visible or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    return list(range(len(visible.split(","))))
 
 
 def is_first() -> bool:

@@ -31,6 +31,7 @@ from omniopd_jax.train.compilation import set_up_cache
 from omniopd_jax.train.credit import needs_of, puts_weight_on_trunk
 from omniopd_jax.train.evaluation import Evaluator, judge_of, make_evaluator, rows_of
 from omniopd_jax.train.metrics import RunLog
+from omniopd_jax.train.mirror import Mirror
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from omniopd_jax.train.pipeline import check_staleness
 from omniopd_jax.train.score import Student, make_scorer, make_student
@@ -54,7 +55,8 @@ class Experiment:
     """Everything the loop uses. `state` and `spent` are what changes."""
 
     config: Config
-    workdir: Path
+    workdir: Path  # on this machine
+    mirror: Mirror  # where it comes from and goes to, if that is a bucket
     mesh: Mesh
     tokenizer: Tokenizer
     stream: PromptStream
@@ -93,7 +95,7 @@ class Experiment:
 
 def prepare(
     config: Config,
-    workdir: Path,
+    workdir: Path | str,
     *,
     student: Model | None = None,
     tokenizer: Tokenizer | None = None,
@@ -105,7 +107,7 @@ def prepare(
 
     Args:
       config: the run.
-      workdir: where it lives; made if absent.
+      workdir: where it lives, a folder or gs://BUCKET/…; made if absent.
       student: instead of the folder `student.path`; left as it is.
       tokenizer: instead of that folder's.
       teacher: instead of the one that `teacher.*` describes; `close` closes it.
@@ -118,6 +120,9 @@ def prepare(
       CheckpointError: no room for checkpoints, or none of those found can be read.
     """
     first_only, agree = distributed.first_only, distributed.agree
+    mirror = Mirror(workdir)
+    workdir = mirror.local
+    agree(mirror.pull)
     first_only(lambda: checkpoint.check_workdir(workdir, config))
     check_staleness(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -125,11 +130,14 @@ def prepare(
     set_up_cache(config.train.compilation_cache)
     given = config
     first_only(lambda: with_world(given, workdir))  # the others find it built
+    if mirror.is_remote:
+        first_only(mirror.push)
+        agree(lambda: None if distributed.is_first() else mirror.pull())
     config = agree(lambda: with_world(given, workdir))
     checked = agree(lambda: _checked(config, mesh, student, tokenizer, teacher, prompts, evaluator))
     train, needs = config.train, needs_of(config)
     checkpoints = checkpoint.Checkpoints(
-        workdir / "checkpoints",
+        mirror.checkpoints,
         given,
         keep=train.checkpoint_keep,
         keep_every=train.checkpoint_keep_every,
@@ -161,7 +169,7 @@ def prepare(
         optimizer = make_optimizer(config.optimizer, num_updates)
         shardings = state_shardings(mesh, student, optimizer)
         state = init_state(student, optimizer, shardings)
-        first_only(lambda: checkpoint.check_room(workdir, state))
+        first_only(lambda: None if mirror.is_remote else checkpoint.check_room(workdir, state))
         found = checkpoints.restore(state)
         spent = Usage()
         if found is not None:
@@ -169,6 +177,7 @@ def prepare(
             spent = Usage(**progress["spent"])
         log = agree(lambda: _open_log(given, workdir, int(state.step)) if distributed.is_first() else None)
         first_only(lambda: checkpoint.claim_workdir(workdir, given))
+        agree(mirror.push)
         frozen = without_trainable(student)
         taught = white_box(teacher, mesh) if needs.logits or needs.logprob else None
         score = make_scorer(mesh, block_tokens=sharding.block_tokens(config, mesh))
@@ -185,6 +194,7 @@ def prepare(
         return Experiment(
             config=config,
             workdir=workdir,
+            mirror=mirror,
             mesh=mesh,
             tokenizer=tokenizer,
             stream=checked.stream,

@@ -21,6 +21,7 @@ from omniopd_jax.train import batching, distributed
 from omniopd_jax.train.compilation import CompileCounter
 from omniopd_jax.train.evaluation import Evaluator
 from omniopd_jax.train.experiment import Experiment, export, prepare
+from omniopd_jax.train.mirror import Mirror
 from omniopd_jax.train.observation import observe, rollout_lines, step_metrics
 from omniopd_jax.train.progress import Progress, Watch
 from omniopd_jax.train.step import TERMS
@@ -34,7 +35,8 @@ _LOG = logging.getLogger(__name__)
 class RunResult:
     """What a finished run reports."""
 
-    workdir: Path
+    workdir: Path  # on this machine
+    mirror: Mirror  # of a work directory in a bucket: `push` copies there what was written since
     model_path: Path  # the exported student
     model: Model
     updates: int  # optimizer steps, of this and earlier runs in the work directory
@@ -60,7 +62,7 @@ class RunResult:
 
 def run(
     config: Config,
-    workdir: Path,
+    workdir: Path | str,
     *,
     student: Model | None = None,
     tokenizer: Tokenizer | None = None,
@@ -82,7 +84,7 @@ def run(
     """
     experiment = prepare(
         config,
-        Path(workdir),
+        workdir,
         student=student,
         tokenizer=tokenizer,
         teacher=teacher,
@@ -120,9 +122,11 @@ def run(
             save(experiment)
             with clock.phase("export"):
                 model_path = distributed.agree(lambda: export(experiment))
+                distributed.agree(experiment.mirror.push)
             experiment.checkpoints.wait()
         return RunResult(
             workdir=experiment.workdir,
+            mirror=experiment.mirror,
             model_path=model_path,
             model=experiment.model,
             updates=experiment.num_finished * config.train.updates_per_batch,
@@ -225,6 +229,7 @@ def save(experiment: Experiment, *, score: float | None = None) -> None:
     The prompts and every random stream are functions of the seed and the step, so the step stands for both.
     """
     progress = {"spent": dataclasses.asdict(experiment.spent)}
+    distributed.agree(experiment.mirror.push)  # first: lines of steps that a checkpoint holds are never written again
     experiment.checkpoints.save(experiment.state, progress, score=score)
 
 

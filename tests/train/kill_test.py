@@ -70,8 +70,9 @@ def test_killed_and_run_again_is_the_run_in_one_go(tmp_path):
         kept = [{name: value for name, value in line.items() if is_same_every_time(name)} for line in (mine, other)]
         assert kept[0] == kept[1], where
     assert ours[-1]["teacher/total_tokens"] > 0
-    assert ours[-1]["teacher/total_dollars"] == pytest.approx(theirs[-1]["teacher/total_dollars"]), where
-    assert theirs[-1]["teacher/total_dollars"] > 0
+    # Money is what was paid: each start of a run pays for a probe of the teacher, and no answer is paid for twice.
+    paid, paid_in_one_go = (found[-1]["teacher/total_dollars"] for found in (ours, theirs))
+    assert 0 < paid_in_one_go <= paid <= 1.02 * paid_in_one_go, where
 
 
 def main(folder: Path, name: str) -> None:
