@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniopd_jax import models, prng
+from omniopd_jax.algo.anchors import select_anchors
 from omniopd_jax.bench.programs import model_of, work
 from omniopd_jax.bench.protocol import Spec, Work
 from omniopd_jax.rollout.branches import branch_keys, read_trunk, sample_branches
+from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampler import sample
 from omniopd_jax.train.compilation import CompileCounter
 
@@ -171,3 +174,29 @@ def _continue_prefixes(
     )
     jax.block_until_ready(drawn)
     return {}
+
+
+def anchors(spec: Spec) -> Work:
+    """Chunks chosen by the decode loop's entropies against those chosen by a pass of its own.
+
+    Says same_chunks and same_responses: the share of chunks that both choose, and of responses where all agree.
+    """
+    counter = CompileCounter()
+    model = model_of(spec)
+    tokens_BxP, mask_BxP = _prompts(spec, model.config.vocab_size)
+    keys_B = prng.row_keys(jax.random.key(1), np.arange(spec["batch"]))
+    sizes = dict(num_chunks=spec["chunks"], chunk_tokens=spec["chunk_tokens"], max_fraction=0.5)
+    choose = jax.jit(functools.partial(select_anchors, **sizes))
+
+    def run() -> dict[str, Any]:
+        drawn = sample(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=spec["new_tokens"], banned_tokens=_BANNED)
+        chosen = [choose(one.entropy_BxT, one.mask_BxT) for one in (drawn, rescore(model, drawn))]
+        starts = [np.where(one.is_valid_BxM, one.start_BxM, -1) for one in chosen]
+        common = [len(set(a[a >= 0]) & set(b[b >= 0])) for a, b in zip(*starts, strict=True)]
+        return {
+            "tokens": int(drawn.mask_BxT.sum()),
+            "same_chunks": sum(common) / max(int((starts[0] >= 0).sum()), 1),
+            "same_responses": float((starts[0] == starts[1]).all(axis=1).mean()),
+        }
+
+    return work(run, counter)

@@ -13,6 +13,7 @@ _PREPARE = {
     "rollout": ("generation", "rollout"),
     "refill": ("generation", "refill"),
     "audit": ("generation", "audit"),
+    "anchors": ("generation", "anchors"),
     "score": ("scoring", "score"),
     "update": ("updates", "update"),
     "start": ("runs", "start"),

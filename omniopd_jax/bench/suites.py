@@ -117,6 +117,15 @@ def audit(options: Options) -> Iterator[Contest]:
         )  # fmt: skip
 
 
+def anchors(options: Options) -> Iterator[Contest]:
+    """How often rounding moves a chunk: entropies of the decode loop against those of a pass of its own."""
+    for model in options.models or ("A",):
+        shape = dict(batch=16, prompt_tokens=32, new_tokens=_size(options.new_tokens, 128), chunks=4, chunk_tokens=8)
+        for dtype in ("float32", "bfloat16"):
+            spec = dict(work="anchors", model=model, dtype=dtype, **shape)
+            yield Contest(f"chunks, {dtype}", model, shape, [Entrant("ours", spec)], tokens=0, cost=None)
+
+
 def score(options: Options) -> Iterator[Contest]:
     """Exact entropy and log-probability over a vocabulary of 151,936."""
     shape = dict(
@@ -227,7 +236,7 @@ def similarity(options: Options) -> Iterator[Contest]:
 
 SUITES: dict[str, tuple[Callable[[Options], Iterator[Contest]], ...]] = {
     "rollout": (rollout, refill),
-    "audit": (audit,),
+    "audit": (audit, anchors),
     "score": (score,),
     "update": (update, branch),
     "step": (step, start),

@@ -108,8 +108,12 @@ def _machine_line(group: Sequence[Record]) -> str:
 def _cells(record: Record) -> list[str]:
     multiple, faster = record.get("multiple_of_bound"), record.get("ours_is_faster")
     bar = record.get("bar")
-    if faster is None and "over_max" in record:
+    if "over_max" in record:
         extra = f"{record['over_max']:.2f} × max(devices, teacher)"
+    elif "same_responses" in record:
+        extra = (
+            f"decode = rescore in {record['same_responses']:.0%} of responses, {record['same_chunks']:.0%} of chunks"
+        )
     else:
         extra = f"{faster:.2f}×" if faster else (f"{record['faster_than_best']:.2f}× the best" if bar else "")
     return [

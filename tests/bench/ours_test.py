@@ -17,7 +17,7 @@ def _run_twice(work):
 
 
 def test_rollout():
-    _run_twice(generation.rollout(TINY))
+    _run_twice(generation.rollout(dict(TINY, new_tokens=24)))
 
 
 def test_refilled_slots_draw_what_batches_draw():
@@ -31,6 +31,11 @@ def test_refilled_slots_draw_what_batches_draw():
 def test_audit(kind):
     spec = dict(TINY, response_tokens=32, chunks=2, continuations=3, chunk_tokens=4, kind=kind)
     assert _run_twice(generation.audit(spec))["tokens"] == 24
+
+
+def test_both_sources_of_entropy_choose_the_same_chunks_in_float32():
+    said = _run_twice(generation.anchors(dict(TINY, new_tokens=24, chunks=2, chunk_tokens=4)))
+    assert said["same_responses"] == said["same_chunks"] == 1
 
 
 def test_score():
