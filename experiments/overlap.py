@@ -8,6 +8,7 @@ asked after that time, "pace" works off a batch's questions in that time.
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
@@ -24,7 +25,7 @@ _JSON = flags.DEFINE_string("json", None, "File that the records are added to.")
 
 
 def main() -> None:
-    values = base.get_config()
+    values: Any = base.get_config()  # its attributes are dynamic
     values.rollout.update(batch_size=_BATCH.value, max_new_tokens=_NEW.value)
     values.audit.update(num_chunks=2, chunk_tokens=8, num_continuations=2)
     values.world.student_width = _WIDTH.value

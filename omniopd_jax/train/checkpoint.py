@@ -108,7 +108,7 @@ class Checkpoints:
         self._folder = folder
         self._config = config
         policies = ocp.checkpoint_managers
-        stays = [policies.LatestN(keep)]
+        stays: list[Any] = [policies.LatestN(keep)]
         if keep_every:
             stays.append(policies.EveryNSteps(keep_every))
         if keeps_best:
