@@ -90,6 +90,13 @@ def test_pythons_own_names_keep_their_meaning_in_the_tests(either):
     assert either.run_tests("def double(x):\n    return 4", "assert all([double(2) == 4])", LIMITS).passed
 
 
+def test_no_exception_of_the_program_ends_a_loop_of_the_tests_early(either):
+    tests = "for found, wanted in zip(map(double, [2, 3]), [4, 6]):\n    assert found == wanted"
+    verdict = either.run_tests("def double(x):\n    raise StopIteration", tests, LIMITS)
+    assert not verdict.passed
+    assert verdict.reason.startswith("StopIteration")
+
+
 def test_tests_that_catch_everything_do_not_hide_that_the_program_is_gone(either):
     tests = "try:\n    double(2)\nexcept BaseException:\n    pass"
     verdict = either.run_tests("import os\ndef double(x):\n    os._exit(0)", tests, LIMITS)
@@ -225,6 +232,13 @@ def test_it_has_no_network(local):
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)"
         _, outcome = local.run_program(program, "", LIMITS)
     assert outcome.startswith("exit status 1:")
+    assert "PermissionError" not in outcome, "it has sockets, and nobody to talk to"
+
+
+def test_it_has_no_sockets_that_a_network_namespace_does_not_hold(local):
+    """AF_VSOCK reaches the host of a virtual machine; AF_NETLINK, which every kernel has, stands for all the others."""
+    program = "import socket\nsocket.socketpair()\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"
+    assert local.run_program(program, "", LIMITS)[1].startswith("exit status 1: PermissionError")
 
 
 def test_it_cannot_kill_what_started_it(local):
