@@ -123,6 +123,11 @@ def study_from(values: Mapping[str, Any]) -> Study:
             raise InputError(f"Study {study.name!r}: there is no arm {name!r}, named in its references or curves.")
     if not study.seeds or not study.learning_rates or list(study.learning_rates) != sorted(study.learning_rates):
         raise InputError(f"Study {study.name!r} needs seeds and learning rates in ascending order.")
+    for learning_rate in study.learning_rates:
+        if (
+            parse(Run("", learning_rate, 0).path).learning_rate != learning_rate
+        ):  # its run would never be found finished
+            raise InputError(f"Study {study.name!r}: learning rates have at most three digits, got {learning_rate!r}.")
     return study
 
 

@@ -46,6 +46,7 @@ def test_a_study_survives_json(study):
         (dict(claims=[dict(text="t", better="a", worse="z")]), "'z', no such arm"),
         (dict(references=["z"]), "no arm 'z'"),
         (dict(learning_rates=(2.0, 1.0)), "ascending order"),
+        (dict(learning_rates=(1e-4, 3.1623e-4)), "at most three digits, got 0.00031623"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):
