@@ -23,10 +23,13 @@ def main() -> None:
     from omniopd_jax.study import alignment_table
 
     root = command.workdir(_WORKDIR.value, "runs/align")
-    with command.bars() as bar:
-        measured = alignment_table.measure_all(common, plan, root, progress=bar)
     path = Path(_RESULTS.value or root / "alignment.md")
-    print(f"results  {alignment_table.write(measured, path)}")
+    rows: list[alignment_table.Row] = []
+    with command.bars() as bar:
+        for row in alignment_table.measure_all(common, plan, root, progress=bar):
+            rows.append(row)
+            alignment_table.write(rows, path)  # whatever ends this early, what is measured is there to be read
+    print(f"results  {path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ and with a learning rate far below what float32 can add to a weight the student 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ class Alignment:
     corrected: float | None  # of the expectations; None where the batches show no signal above their noise
     corrected_error: float | None  # its standard error, by leaving out each batch in turn
     halves: float  # cosine of the means of even and odd batches: how much of the estimate is signal
+    curve: Sequence[Sequence[float]] = ()  # (teacher tokens, plain cosine) of groups of 1, 2, 4, … batches
 
 
 def configured(common: Mapping[str, Any], settings: Mapping[str, Any], *, seed: int = 0) -> Config:
@@ -112,8 +113,8 @@ def align(estimator: Gradients, reference: Gradients, *, budget: int) -> Alignme
     count = len(gradient_KxD)
     per_batch = max(float(estimator.tokens_K.mean()), 0.0)
     size = min(max(round(budget / per_batch), 1), count) if per_batch else 1
-    groups = [gradient_KxD[i : i + size].mean(axis=0) for i in range(0, count - size + 1, size)]
-    tokens = [float(estimator.tokens_K[i : i + size].sum()) for i in range(0, count - size + 1, size)]
+    sizes = [2**power for power in range(count.bit_length()) if 2**power <= count]
+    tokens, cosine = _plain(estimator, mean_D, size)
     gram_KxK, dot_K = gradient_KxD @ gradient_KxD.T, gradient_KxD @ mean_D
     reference_square = _signal(reference.gradient_KxD.astype(np.float64) @ reference.gradient_KxD.T.astype(np.float64))
     corrected = _corrected(gram_KxK, dot_K, reference_square)
@@ -123,16 +124,27 @@ def align(estimator: Gradients, reference: Gradients, *, budget: int) -> Alignme
         if (value := _corrected(_without(gram_KxK, i), np.delete(dot_K, i), reference_square)) is not None
     ]
     error = None
-    if corrected is not None and len(left_out) == count:
+    if len(left_out) == count:
         spread = np.asarray(left_out) - np.mean(left_out)
         error = float(np.sqrt((count - 1) / count * (spread**2).sum()))
+    elif count > 2:
+        corrected = None  # a signal that is gone without one of the batches is none
     return Alignment(
-        cosine=float(np.mean([_cosine(group, mean_D) for group in groups])),
-        tokens=float(np.mean(tokens)),
+        cosine=cosine,
+        tokens=tokens,
         corrected=corrected,
         corrected_error=error,
         halves=_cosine(gradient_KxD[::2].mean(axis=0), gradient_KxD[1::2].mean(axis=0)),
+        curve=tuple(_plain(estimator, mean_D, size) for size in sizes),
     )
+
+
+def _plain(estimator: Gradients, reference_D: np.ndarray, size: int) -> tuple[float, float]:
+    """(teacher tokens, cosine of the mean gradient), means over disjoint groups of `size` batches."""
+    starts = range(0, len(estimator.tokens_K) - size + 1, size)
+    groups = [estimator.gradient_KxD[i : i + size].mean(axis=0, dtype=np.float64) for i in starts]
+    tokens = [estimator.tokens_K[i : i + size].sum() for i in starts]
+    return float(np.mean(tokens)), float(np.mean([_cosine(group, reference_D) for group in groups]))
 
 
 def _corrected(gram_KxK: np.ndarray, dot_K: np.ndarray, reference_square: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 
 from omniopd_jax.study import alignment
 from omniopd_jax.study.alignment import REFERENCES, Alignment, Gradients
+from omniopd_jax.study.figure import Line, Panel, svg
 from omniopd_jax.train.experiment import prepare
+
+_MOST_LINES = 16  # as many as the figure has looks for
 
 Progress = Callable[[str, int, int], None]  # (what, batches done, batches in all)
 
@@ -40,8 +43,8 @@ class Row:
     found: Mapping[str, Alignment]  # by reference
 
 
-def measure_all(common: Mapping[str, Any], plan: Mapping[str, Any], root: Path, *, progress: Progress) -> list[Row]:
-    """Measures what is not measured yet, in the order of the plan.
+def measure_all(common: Mapping[str, Any], plan: Mapping[str, Any], root: Path, *, progress: Progress) -> Iterator[Row]:
+    """Measures what is not measured yet, in the order of the plan, and gives each row when it is there.
 
     Args:
       common: nested settings that all estimators share; the world is built in `root` unless it has a path.
@@ -54,7 +57,6 @@ def measure_all(common: Mapping[str, Any], plan: Mapping[str, Any], root: Path, 
         kind: _reference(common, kind, plan["reference_batches"], root / f"reference-{kind}", progress)
         for kind in REFERENCES
     }
-    rows = []
     for estimator in plan["estimators"]:
         file = root / "estimators" / f"{estimator['name']}.json"
         config = alignment.configured(common, estimator["settings"])
@@ -71,8 +73,7 @@ def measure_all(common: Mapping[str, Any], plan: Mapping[str, Any], root: Path, 
             known = dict(key=key, found=found)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(known) + "\n", encoding="utf-8")
-        rows.append(Row(estimator["title"], {kind: Alignment(**known["found"][kind]) for kind in REFERENCES}))
-    return rows
+        yield Row(estimator["title"], {kind: Alignment(**known["found"][kind]) for kind in REFERENCES})
 
 
 def _reference(common: Mapping[str, Any], kind: str, batches: int, folder: Path, progress: Progress) -> Gradients:
@@ -99,10 +100,30 @@ def _gather(config: Any, folder: Path, batches: int, title: str, progress: Progr
 
 
 def write(rows: Sequence[Row], path: Path) -> Path:
-    """Writes the document: the table, best plain cosine with the reverse KL first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([_HEAD, *table(rows), ""]), encoding="utf-8")
+    """Writes the document and figures/alignment.svg beside it; best plain cosine with the reverse KL first."""
+    picture = path.parent / "figures" / "alignment.svg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(_figure(rows), encoding="utf-8")
+    caption = f"![Cosine with the exact gradients against teacher tokens](figures/{picture.name})"
+    path.write_text("\n".join([_HEAD, *table(rows), "", caption, ""]), encoding="utf-8")
     return path
+
+
+def _figure(rows: Sequence[Row]) -> str:
+    """The plain cosines of the best rows whose teacher writes, against the tokens that it wrote."""
+    paid = [row for row in _ordered(rows) if row.found[REFERENCES[0]].tokens > 0]
+    panels = []
+    for kind in REFERENCES:
+        lines = []
+        for row in paid[:_MOST_LINES]:
+            x, y = map(list, zip(*row.found[kind].curve, strict=True))
+            lines.append(Line(row.title.replace("`", ""), x, y, y, y))
+        panels.append(Panel(f"Cosine with the {kind.replace('_kl', ' KL')}", "teacher tokens written", lines))
+    return svg(panels, columns=len(panels), title="Cosine with the exact gradients against teacher tokens")
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -row.found[REFERENCES[0]].cosine)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -113,7 +134,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         head += [f"{name}: cosine", f"{name}: noise removed"]
     head.append("halves")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in sorted(rows, key=lambda row: -row.found[REFERENCES[0]].cosine):
+    for row in _ordered(rows):
         first = row.found[REFERENCES[0]]
         cells = [row.title, f"{first.tokens:,.0f}"]
         for kind in REFERENCES:

@@ -55,6 +55,9 @@ def test_a_larger_budget_buys_a_better_cosine(directions):
     assert [one.tokens for one in found] == [100, 400, 2400]
     assert found[0].cosine < found[1].cosine < found[2].cosine < 0.6
     assert len({one.corrected for one in found}) == 1
+    assert [tokens for tokens, _ in found[0].curve] == [100, 200, 400, 800, 1600]
+    assert found[0].curve[0][1] == pytest.approx(found[0].cosine)
+    assert list(found[0].curve) == sorted(found[0].curve, key=lambda point: point[1])
 
 
 def test_noise_alone_has_no_direction(directions):
@@ -71,6 +74,18 @@ def test_a_free_estimator_has_one_batch_a_cosine(directions):
     assert alignment.align(free, noisy(rng, directions[0], 8, 0.01), budget=100).tokens == 0
 
 
+def test_a_signal_that_hangs_on_one_batch_is_none(directions):
+    rng = np.random.default_rng(5)
+    estimator = noisy(rng, 0, 12, 0.01)
+    estimator.gradient_KxD[0] += 2 * directions[0]
+    estimator.gradient_KxD[1] += 0.5 * directions[0]
+    others = estimator.gradient_KxD[1:] - estimator.gradient_KxD[1:].mean(axis=0)
+    estimator.gradient_KxD[1:] = others  # what is left without the first points nowhere
+    found = alignment.align(estimator, noisy(rng, directions[0], 12, 0.01), budget=100)
+    assert found.corrected is None
+    assert found.corrected_error is None
+
+
 def test_a_row_of_the_table():
     one, other = Alignment(0.5, 6000.0, 0.71, 0.02, 0.9), Alignment(0.25, 6000.0, None, None, 0.9)
     rows = [
@@ -81,6 +96,15 @@ def test_a_row_of_the_table():
         "| B | 6,000 | 0.50 | 0.71 ± 0.02 | 0.25 | – | 0.90 |",
         "| A | 6,000 | 0.25 | – | 0.50 | 0.71 ± 0.02 | 0.90 |",
     ]
+
+
+def test_the_document_has_its_table_and_its_figure(tmp_path):
+    one = Alignment(0.5, 6000.0, 0.71, 0.02, 0.9, ((800.0, 0.3), (1600.0, 0.4)))
+    free = Alignment(0.5, 0.0, 0.71, 0.02, 0.9, ((0.0, 0.3), (0.0, 0.4)))
+    rows = [Row("A", {"reverse_kl": one, "forward_kl": one}), Row("B", {"reverse_kl": free, "forward_kl": free})]
+    text = alignment_table.write(rows, tmp_path / "alignment.md").read_text(encoding="utf-8")
+    assert "(figures/alignment.svg)" in text
+    assert (tmp_path / "figures" / "alignment.svg").read_text(encoding="utf-8").count("<polyline") == 2
 
 
 def teacher():
