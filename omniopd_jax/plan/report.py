@@ -35,24 +35,24 @@ def _head(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     lines = ["GiB a chip"]
-    lines += [f"  {name:<24}{size / _GIB:8.2f}" for name, size in plan.held.items()]
+    lines += [f"  {name:<24}{_figure(size / _GIB):>10}" for name, size in plan.held.items()]
     for one in plan.programs:
-        lines.append(f"  {'temporaries, ' + one.name:<24}{_number(one.temporaries / _GIB, one):>8}")
+        lines.append(f"  {'temporaries, ' + one.name:<24}{_number(one.temporaries / _GIB, one):>10}")
     worst = max(plan.programs, key=plan.peak)
-    lines.append(f"  {'peak':<24}{plan.peak(worst) / _GIB:8.2f}  ({worst.name})")
+    lines.append(f"  {'peak':<24}{_figure(plan.peak(worst) / _GIB):>10}  ({worst.name})")
     if plan.capacity is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(f"  {'usable':<24}{plan.capacity / _GIB:8.2f}  → {verdict}")
+        lines.append(f"  {'usable':<24}{_figure(plan.capacity / _GIB):>10}  → {verdict}")
     return "\n".join(lines)
 
 
 def _programs(plan: Plan) -> str:
-    lines = [f"{'a chip, a step':<18}{'TFLOP':>10}{'GB moved':>10}{'GB sent by axis':>34}{'compiled in':>13}"]
+    lines = [f"{'a chip, a step':<18}{'TFLOP':>10}{'GB moved':>10}  {'GB sent by axis':>40}{'compiled in':>13}"]
     for one in plan.programs:
-        sent = ", ".join(f"{axis} {size * one.runs / 1e9:.2f}" for axis, size in one.sent.items()) or "–"
+        sent = ", ".join(f"{axis} {_figure(size * one.runs / 1e9)}" for axis, size in one.sent.items()) or "–"
         lines.append(
             f"  {one.name:<16}{_number(one.cost.flops * one.runs / 1e12, one):>10}"
-            f"{_number(one.cost.bytes * one.runs / 1e9, one):>10}{sent:>34}{one.seconds:>11.0f} s"
+            f"{_number(one.cost.bytes * one.runs / 1e9, one):>10}  {sent:>40}{one.seconds:>11.0f} s"
         )
     return "\n".join(lines)
 
@@ -84,7 +84,12 @@ def _time(plan: Plan) -> str:
 
 
 def _number(value: float, one: Compiled) -> str:
-    return "?" if one.too_large else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    return "?" if one.too_large else _figure(value)
+
+
+def _figure(value: float) -> str:
+    """Two decimals, fewer of large and as many as it takes of small numbers."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1e}"
 
 
 def table_row(found: dict) -> str:
@@ -103,7 +108,7 @@ def table_row(found: dict) -> str:
         " + ".join(f"{kind:.2f}" for kind in kinds),
         f"{step['temporary_bytes'] / _GIB:.1f} / {decode.get('temporary_bytes', 0) / _GIB:.1f}",
         f"{peak / _GIB:.1f} of {found['usable_bytes'] / _GIB:.1f}" if found["usable_bytes"] else f"{peak / _GIB:.1f}",
-        "yes" if found["fits"] else "**no**",
+        {True: "yes", False: "**no**", None: "–"}[found["fits"]],
         f"{sum(one['flops'] * one['runs_a_step'] for one in found['programs']) / 1e12:,.0f}",
         f"{sent / 1e9:.1f}",
         f"{seconds['at_best']:.0f}–{seconds['at_worst']:.0f}" if seconds else "–",
