@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from omniopd_jax import gathering, prng
 from omniopd_jax.data.prompts import bucket_width, pad_prompts
@@ -203,7 +201,7 @@ def evaluate(
       model: the student.
       tokenizer: its tokenizer.
       prompts: problems with reference answers.
-      judge: tells right from wrong. With several processes the first one's verdicts count.
+      judge: tells right from wrong, with several processes the same on each (train.evaluation.SharedJudge).
       temperature: 0 is greedy; 1 is what training optimises.
       max_new_tokens: longest response.
       batch_size: responses sampled together; the last batch is padded so that nothing compiles twice.
@@ -254,7 +252,7 @@ def evaluate(
         )
         real = range(len(part))
         texts = tokenizer.decode_batch([tokens_BxT[b][mask_BxT[b]].tolist() for b in real])
-        verdicts = _agreed(judge.all(texts, [prompt.answer for prompt, _ in part]))
+        verdicts = judge.all(texts, [prompt.answer for prompt, _ in part])
         for b, text, verdict in zip(real, texts, verdicts, strict=True):
             item = Item(
                 id=part[b][0].id,
@@ -282,14 +280,3 @@ def evaluate(
 
 def _as_judge(judge: Callable[[str, str], bool]) -> Judge:
     return Judge(lambda response, answer: _plain_verdict(bool(judge(response, answer))))
-
-
-def _agreed(verdicts: list[Verdict]) -> list[Verdict]:
-    """The first process's verdicts: a time limit may fall differently on each, and what follows must not."""
-    if jax.process_count() == 1:
-        return verdicts
-    told = np.array([[verdict.passed, verdict.reason == NO_ANSWER] for verdict in verdicts], np.int32)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
-    return [
-        Verdict(bool(passed), NO_ANSWER if is_empty else "passed" if passed else "wrong") for passed, is_empty in told
-    ]

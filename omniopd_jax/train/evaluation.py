@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from omniopd_jax.config import Config, ConfigError, DataConfig
@@ -9,7 +10,9 @@ from omniopd_jax.data import Tokenizer, read_prompts
 from omniopd_jax.eval.evaluate import Evaluation, Judge, evaluate, get_judge
 from omniopd_jax.eval.sandbox import SandboxError
 from omniopd_jax.eval.tasks import read_task
+from omniopd_jax.eval.verdict import Verdict
 from omniopd_jax.models import Model
+from omniopd_jax.train import distributed
 from omniopd_jax.train.stops import RunStopped
 from omniopd_jax.types import Prompt
 
@@ -66,14 +69,42 @@ def held_out(config: Config) -> list[Prompt]:
     return prompts[: settings.problems]
 
 
-def judge_of(config: Config, prompts: Sequence[Prompt]) -> Judge:
+class EvaluationStopped(RunStopped):
+    """Answers can no longer be judged; the finished steps are in the checkpoint."""
+
+    exit_code = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedJudge(Judge):
+    """A judge whose work the processes of a run share out: each answer is judged once, and all have all verdicts."""
+
+    def all(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """The verdicts in the order of the responses, the same on every process.
+
+        Raises:
+          EvaluationStopped: programs cannot be run any more; on the process that noticed.
+          PeerStopped, PeerFailed: on the others.
+        """
+
+        def own() -> list[Verdict]:
+            rows = distributed.share(len(responses))
+            try:
+                return Judge.all(self, responses[rows.start : rows.stop], answers[rows.start : rows.stop])
+            except SandboxError as error:
+                raise EvaluationStopped(str(error)) from error
+
+        return [verdict for part in distributed.collect(own) for verdict in part]
+
+
+def judge_of(config: Config, prompts: Sequence[Prompt]) -> SharedJudge:
     """The judge that `eval.*` describes, for the references of these prompts.
 
     Raises:
       InputError: they cannot be judged here.
     """
     settings = config.eval
-    return get_judge(
+    judge = get_judge(
         task_of(config),
         prompts,
         sandbox=settings.sandbox,
@@ -81,6 +112,7 @@ def judge_of(config: Config, prompts: Sequence[Prompt]) -> Judge:
         timeout_s=settings.timeout_s,
         memory_mb=settings.memory_mb,
     )
+    return SharedJudge(judge.verdict, judge.workers)
 
 
 def measure(
@@ -122,11 +154,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, prompts: Sequence[Promp
 
     def run(model: Model) -> dict[str, float]:
         found = {}
-        try:
-            results = measure(config, model, tokenizer, prompts, judge)
-        except SandboxError as error:
-            raise EvaluationStopped(str(error)) from error
-        for name, result in results.items():
+        for name, result in measure(config, model, tokenizer, prompts, judge).items():
             found[f"eval/{name}_accuracy"] = result.accuracy
             found[f"eval/{name}_standard_error"] = result.standard_error
             found[f"eval/{name}_truncated"] = result.truncated
@@ -136,9 +164,3 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, prompts: Sequence[Promp
         return found
 
     return run
-
-
-class EvaluationStopped(RunStopped):
-    """Answers can no longer be judged; the finished steps are in the checkpoint."""
-
-    exit_code = 3

@@ -8,7 +8,7 @@ from omniopd_jax.config import ConfigError
 from omniopd_jax.eval.evaluate import Judge
 from omniopd_jax.eval.sandbox import SandboxError
 from omniopd_jax.eval.verdict import Verdict
-from omniopd_jax.train import evaluation
+from omniopd_jax.train import distributed, evaluation
 from omniopd_jax.train.evaluation import EvaluationStopped, held_out, judge_of, make_evaluator, rows_of, task_of
 from omniopd_jax.types import InputError
 
@@ -68,3 +68,28 @@ def test_the_evaluator_reports_both_modes_and_the_main_metric(make_config, model
     with pytest.raises(EvaluationStopped, match="is down") as caught:
         make_evaluator(config, tokenizer, prompts)(model)
     assert caught.value.exit_code == 3
+    with pytest.raises(EvaluationStopped, match="is down"):  # rewards too: the run saves its steps and ends
+        judge_of(config, prompts).all(["18"], ["18"])
+
+
+def test_each_answer_is_judged_by_one_process_and_all_have_all_verdicts(make_config, prompts, monkeypatch):
+    asked = ["nobody yet"]
+
+    def verdict(response, answer) -> Verdict:
+        asked.append(response)
+        return Verdict(response == answer, response)
+
+    def in_turn(part):
+        found, asked[:] = [], []
+        for own in (range(2), range(2, 5)):
+            monkeypatch.setattr(distributed, "share", lambda count, own=own: own)
+            found.append(part())
+            assert asked == list("abcde")[: own.stop]
+        return found
+
+    monkeypatch.setattr(evaluation, "get_judge", lambda *args, **kwargs: Judge(verdict))
+    monkeypatch.setattr(distributed, "collect", in_turn)
+    found = judge_of(make_config(), prompts).all(list("abcde"), list("abxde"))
+    assert len(asked) == 5
+    assert [one.reason for one in found] == list("abcde")
+    assert [one.passed for one in found] == [True, True, False, True, True]
