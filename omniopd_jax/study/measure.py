@@ -16,9 +16,9 @@ from omniopd_jax.algo.divergences import teacher_divergence
 from omniopd_jax.config import Config
 from omniopd_jax.data import Tokenizer, load_tokenizer, read_prompts
 from omniopd_jax.data.prompts import bucket_width, pad_prompts
-from omniopd_jax.eval.evaluate import evaluate, get_judge
 from omniopd_jax.models import Model
 from omniopd_jax.rollout import sampler
+from omniopd_jax.train import evaluation
 from omniopd_jax.train.evaluation import MODES
 from omniopd_jax.types import Array, Prompt
 from omniopd_jax.worlds import get_world, wording
@@ -30,34 +30,24 @@ def measure(config: Config, world: Path, model: Model, tokenizer: Tokenizer, *, 
     """Everything about one student, ready for JSON.
 
     Args:
-      config: lengths, batch size, seed, world.
+      config: how answers are measured (`train.evaluation.measure`), world.
       world: the folder of the world, whose teacher is the one compared with.
       model, tokenizer: the student.
       kl_problems: prompts on which the divergences are measured, those of the validation split.
 
     Returns:
       "validation" and "eval", each with greedy and temperature_1: accuracy, and "right", a string of 0 and 1 in the
-      order of the problems; "variety", effective number of phrasings at temperature 1 on held-out problems; "kl", nats
-      a token: reverse (student first) on the student's samples and forward on the teacher's; None where the two have
-      different tokenizers.
+      order of the problems (the samples of one adjacent); "variety", effective number of phrasings at temperature 1 on
+      held-out problems; "kl", nats a token: reverse (student first) on the student's samples and forward on the
+      teacher's; None where the two have different tokenizers.
     """
     found: dict[str, Any] = {}
     responses: Sequence[str] = ()
     for split in SPLITS:
         prompts = read_prompts(str(world / f"{split}.jsonl"))
-        judge = get_judge("world", prompts)
         found[split] = {}
-        for mode, temperature in MODES.items():
-            result = evaluate(
-                model,
-                tokenizer,
-                prompts,
-                judge,
-                temperature=temperature,
-                max_new_tokens=config.rollout.max_new_tokens,
-                batch_size=config.eval.batch_size,
-                seed=config.train.seed,
-            )
+        results = evaluation.measure(config, model, tokenizer, prompts, evaluation.judge_of(config, prompts))
+        for mode, result in results.items():
             right = "".join("1" if is_right else "0" for is_right in result.is_correct)
             found[split][mode] = dict(accuracy=result.accuracy, right=right)
             responses = result.responses  # those at temperature 1 on held-out problems come last
