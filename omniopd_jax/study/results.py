@@ -23,10 +23,11 @@ Written by `python -m experiments.compare` from the files of its runs; nothing h
 
 Accuracy in % on held-out problems, mean over seeds ± standard error over seeds. A difference is paired (same seeds,
 same problems); its interval is Student's t over the seeds, 95 %, and its p is McNemar's exact test over the problems of
-these very runs. *holds* and *reversed*: the interval leaves out 0; *undecided*: it does not. Phrasings: the effective
+these very runs. *holds* and *reversed*: the interval leaves out 0; *undecided*: it does not. No interval is widened for
+the number of comparisons: of twenty differences that are none, about one looks like one. Phrasings: the effective
 number in use at temperature 1. KL: nats a token at temperature 1 against the teacher, reverse on the student's samples,
 forward on the teacher's; – where the two have no common vocabulary. CPU s: seconds of one update, the median, of this
-process alone.
+process alone. Seeds: those that the row is a mean of; a run that overflowed is named there and is in no mean.
 """
 
 
@@ -141,8 +142,9 @@ def _table(finished: _Finished) -> list[str]:
     return lines
 
 
-def _row(title: str, measured: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> str:
-    return "| " + " | ".join([title, *cells, str(len(measured))]) + " |"
+def _row(title: str, measured: Sequence[Mapping[str, Any]], cells: Sequence[str], overflowed: int = 0) -> str:
+    seeds = f"{len(measured)} ({overflowed} not finite)" if overflowed else str(len(measured))
+    return "| " + " | ".join([title, *cells, seeds]) + " |"
 
 
 def _quality(measured: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -158,8 +160,9 @@ _KINDS = ("reverse", "forward")
 def _arm_row(finished: _Finished, arm: Arm) -> str:
     measured = list(finished.of(arm.name).values())
     rate = finished.runs[arm.name][0].learning_rate
+    overflowed = len(finished.runs[arm.name]) - len(measured)
     if not measured:
-        return _row(arm.title, measured, [f"{rate:.2g}", *["not finite"] * 2, *["–"] * 7])
+        return _row(arm.title, measured, [f"{rate:.2g}", *["–"] * 9], overflowed)
     steps = finished.common["train"]["steps"]
     tokens = [one["teacher_tokens"] for one in measured]
     ended = {"updates" if one["updates"] >= steps else "tokens" for one in measured}
@@ -172,7 +175,7 @@ def _arm_row(finished: _Finished, arm: Arm) -> str:
         " and ".join(sorted(ended)),
         f"{np.mean(cpu):.2f}" if cpu else "–",
     ]
-    return _row(arm.title, measured, cells)
+    return _row(arm.title, measured, cells, overflowed)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

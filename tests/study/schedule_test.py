@@ -124,6 +124,18 @@ def test_the_results_say_what_was_measured_and_what_is_missing(study, tmp_path):
     assert (tmp_path / "out" / "figures" / "s.svg").read_text(encoding="utf-8").count("<polyline") == 6
 
 
+def test_a_run_that_overflowed_is_named_beside_the_means_that_leave_it_out(study, tmp_path):
+    folder, _ = run_all(study, tmp_path)
+    failed = json.dumps(dict(failed="The loss is not finite."))
+    (folder / Run("a", 4e-4, 1).path / MEASURED).write_text(failed, encoding="utf-8")
+    text = results.write_results(tmp_path, tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| A | 0.0004 | 90.0 | 90.0 | 2.00 | – | – | 800 | 100 | updates | 0.20 | 1 (1 not finite) |" in text
+    for seed in (0, 1):
+        (folder / Run("c", 4e-4, seed).path / MEASURED).write_text(failed, encoding="utf-8")
+    text = results.write_results(tmp_path, tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| C | 0.0004 |" + " – |" * 9 + " 0 (2 not finite) |" in text
+
+
 def test_a_run_that_overflowed_loses_the_search(study, tmp_path):
     folder, _ = run_all(study, tmp_path)
     path = folder / Run("a", 4e-4, 0).path / MEASURED
