@@ -1,7 +1,6 @@
 """What a --config file offers beside `get_config`: functions called with the same section, the part after the colon."""
 
-import importlib
-from pathlib import Path
+import runpy
 from typing import Any
 
 from absl import flags
@@ -17,7 +16,7 @@ def of_config(function: str, flag: str = "config") -> Any:
       InputError: the file has no such function, or no such section.
     """
     path, _, section = config_flags.get_config_filename(flags.FLAGS[flag]).partition(":")
-    module = importlib.import_module(".".join(Path(path).with_suffix("").parts[-2:]))
-    if not hasattr(module, function):
+    found = runpy.run_path(path).get(function)
+    if found is None:
         raise InputError(f"--config={path} has no function {function}: it describes one run.")
-    return getattr(module, function)(section) if section else getattr(module, function)()
+    return found(section) if section else found()
