@@ -19,15 +19,20 @@ from omniopd_jax.train.evaluation import MODES
 _MODE_TITLES = {"greedy": "greedy", "temperature_1": "temperature 1"}
 _HEAD = """# Results
 
-Written by `python -m experiments.compare` from the files of its runs; nothing here was typed by hand.
+Written by this command (and once more for each section, see [comparison](comparison.md)) from the files of its runs;
+nothing here was typed by hand:
+
+    python -m experiments.compare --config=configs/compare_small.py --workdir=runs/compare --results=docs/results.md
 
 Accuracy in % on held-out problems, mean over seeds ± standard error over seeds. A difference is paired (same seeds,
 same problems); its interval is Student's t over the seeds, 95 %, and its p is McNemar's exact test over the problems of
 these very runs. *holds* and *reversed*: the interval leaves out 0; *undecided*: it does not. No interval is widened for
 the number of comparisons: of twenty differences that are none, about one looks like one. Phrasings: the effective
 number in use at temperature 1. KL: nats a token at temperature 1 against the teacher, reverse on the student's samples,
-forward on the teacher's; – where the two have no common vocabulary. CPU s: seconds of one update, the median, of this
-process alone. Seeds: those that the row is a mean of; a run that overflowed is named there and is in no mean.
+forward on the teacher's; – where the two have no common vocabulary. Teacher tokens are those that it wrote, which are
+what is held equal; read: those that it read before, a response once for all of its chunks (an API reads it for each).
+CPU s: seconds of one update, the median, of this process alone. Seeds: those that the row is a mean of; a run that
+overflowed is named there and is in no mean.
 """
 
 
@@ -128,12 +133,12 @@ def _join(values: set[int]) -> str:
 def _table(finished: _Finished) -> list[str]:
     columns = (
         "", "learning rate", "greedy", "temperature 1", "phrasings", "reverse KL", "forward KL", "teacher tokens",
-        "updates", "ended by", "CPU s", "seeds",
+        "read", "updates", "ended by", "CPU s", "seeds",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, title in (("teacher", "*the teacher*"), ("before", "*the student before*")):
         if measured := list(finished.of(name).values()):
-            lines.append(_row(title, measured, ["–", *_quality(measured), "–", "–", "–", "–"]))
+            lines.append(_row(title, measured, ["–", *_quality(measured), *["–"] * 5]))
     for is_control in (False, True):
         arms = [arm for arm in finished.study.arms if arm.is_control == is_control and arm.name in finished.runs]
         if is_control and arms:
@@ -162,7 +167,7 @@ def _arm_row(finished: _Finished, arm: Arm) -> str:
     rate = finished.runs[arm.name][0].learning_rate
     overflowed = len(finished.runs[arm.name]) - len(measured)
     if not measured:
-        return _row(arm.title, measured, [f"{rate:.2g}", *["–"] * 9], overflowed)
+        return _row(arm.title, measured, [f"{rate:.2g}", *["–"] * 10], overflowed)
     steps = finished.common["train"]["steps"]
     tokens = [one["teacher_tokens"] for one in measured]
     ended = {"updates" if one["updates"] >= steps else "tokens" for one in measured}
@@ -171,6 +176,7 @@ def _arm_row(finished: _Finished, arm: Arm) -> str:
         f"{rate:.2g}",
         *_quality(measured),
         f"{np.mean(tokens):,.0f}",
+        f"{np.mean([one['teacher_tokens_read'] for one in measured]):,.0f}",
         f"{np.mean([one['updates'] for one in measured]):.0f}",
         " and ".join(sorted(ended)),
         f"{np.mean(cpu):.2f}" if cpu else "–",

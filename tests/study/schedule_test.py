@@ -115,7 +115,9 @@ def test_the_results_say_what_was_measured_and_what_is_missing(study, tmp_path):
         (folder / run.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
     text = results.write_results(tmp_path, tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| *the student before* | – | 10.0 ± 0.0 | 10.0 ± 0.0 | 2.00 ± 0.00 | – | – |" in text
-    assert "| A | 0.0004 | 90.0 ± 0.0 | 90.0 ± 0.0 | 2.00 ± 0.00 | – | – | 800 | 100 | updates | 0.20 | 2 |" in text
+    assert (
+        "| A | 0.0004 | 90.0 ± 0.0 | 90.0 ± 0.0 | 2.00 ± 0.00 | – | – | 800 | 900 | 100 | updates | 0.20 | 2 |" in text
+    )
     assert "Not complete: c." in text
     assert "5 of 6 runs at chosen rates are finished" in text
     assert "- A > B: greedy **undecided** (+0.0 [+0.0, +0.0], p = 1.000)" in text
@@ -129,11 +131,11 @@ def test_a_run_that_overflowed_is_named_beside_the_means_that_leave_it_out(study
     failed = json.dumps(dict(failed="The loss is not finite."))
     (folder / Run("a", 4e-4, 1).path / MEASURED).write_text(failed, encoding="utf-8")
     text = results.write_results(tmp_path, tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "| A | 0.0004 | 90.0 | 90.0 | 2.00 | – | – | 800 | 100 | updates | 0.20 | 1 (1 not finite) |" in text
+    assert "| A | 0.0004 | 90.0 | 90.0 | 2.00 | – | – | 800 | 900 | 100 | updates | 0.20 | 1 (1 not finite) |" in text
     for seed in (0, 1):
         (folder / Run("c", 4e-4, seed).path / MEASURED).write_text(failed, encoding="utf-8")
     text = results.write_results(tmp_path, tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "| C | 0.0004 |" + " – |" * 9 + " 0 (2 not finite) |" in text
+    assert "| C | 0.0004 |" + " – |" * 10 + " 0 (2 not finite) |" in text
 
 
 def test_a_run_that_overflowed_loses_the_search(study, tmp_path):
