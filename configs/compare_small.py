@@ -187,7 +187,7 @@ def get_config(argument: str = "arithmetic") -> ConfigDict:
     elif section == "one_phrasing":
         config.world.phrasings = 1
     elif section == "undertrained":
-        config.world.update(misconception=0.0, slip=0.0, student_steps=260)
+        config.world.update(misconception=0.0, slip=0.0, student_steps=360)
     elif section == "characters":
         config.world.teacher_tokenizer = "characters"
         config.teacher.token_slack = _CHARACTERS

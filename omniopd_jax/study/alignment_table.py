@@ -22,7 +22,9 @@ Progress = Callable[[str, int, int], None]  # (what, batches done, batches in al
 
 _HEAD = """# Alignment of gradients
 
-Written by `python -m experiments.align` from what it measured; nothing here was typed by hand.
+Written by this command from what it measured; nothing here was typed by hand:
+
+    python -m experiments.align --config=configs/align_small.py --workdir=runs/align --results=docs/alignment.md
 
 At the student before any training, each estimator's gradient against the exact gradient of the KL to the teacher over
 the full vocabulary, averaged over the tokens of the student's own responses: reverse, KL(student ‖ teacher), and
