@@ -21,6 +21,8 @@ _UPDATES = 100
 _TEACHER_TOKENS = 84_000  # what 100 updates of 32 responses with 4 chunks of 8 tokens come to, and a little
 _CHARACTERS = 5.0  # characters asked for a word wanted: a word and its space have at most 8, on average 3.4
 
+# With one continuation a chunk, which the budget is spent on, α = 1 makes half of the target the student's own
+# confidence; the paper has N = 10. The section sweeps has N = 2 and 4, and α = 0.1.
 VERIFY = {
     "objective.arm": "verify",
     "audit.positions": "peak",
@@ -56,7 +58,7 @@ def _control(name: str, title: str, rate_of: str, *settings: dict[str, Any]) -> 
 
 # In the order in which they are run: a comparison that is cut short has the main arms.
 _MAIN = (
-    _arm("verify", "OmniOPD as published (`verify`)", VERIFY),
+    _arm("verify", "OmniOPD's objective (`verify`), N = 1, α = 1", VERIFY),
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
@@ -70,7 +72,7 @@ _MAIN = (
     _control("branch_self", "`branch`, the student its own teacher", "branch_repulsion", _REPULSION, _SELF),
     _control("verify_self", "`verify`, the student its own teacher", "verify", VERIFY, _SELF),
     _arm("branch", "`branch`", BRANCH),
-    _arm("grpo", "GRPO, reward from the reference answer", _GRPO),
+    _arm("grpo", "GRPO (mean over tokens), reward from the reference answer", _GRPO),
 )
 _VARIANTS = (
     _arm("verify_loo", "`verify`, leave-one-out baseline", VERIFY, {"objective.baseline": "leave_one_out"}),
