@@ -59,6 +59,8 @@ def _control(name: str, title: str, rate_of: str, *settings: dict[str, Any]) -> 
 # In the order in which they are run: a comparison that is cut short has the main arms.
 _MAIN = (
     _arm("verify", "OmniOPD's objective (`verify`), N = 1, α = 1", VERIFY),
+    # The paper has N = 10 to α = 1: a tenth of the evidence, not half of it, is the student's own confidence.
+    _arm("verify_evidence", "`verify` with the paper's α / N = 0.1", VERIFY, {"objective.prior_strength": 0.1}),
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
@@ -78,6 +80,12 @@ _VARIANTS = (
     _arm("verify_loo", "`verify`, leave-one-out baseline", VERIFY, {"objective.baseline": "leave_one_out"}),
     _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
     _arm("verify_power", "`verify`, edit similarity to the power 4", VERIFY, {"audit.similarity": "edit^4"}),
+    _arm(
+        "verify_samples",
+        "`verify`, 1 chunk, N = 4",
+        VERIFY,
+        {"audit.num_chunks": 1, "audit.num_continuations": 4},
+    ),
     _arm(
         "verify_agreement",
         "`verify`, teacher-agreement baseline, 1 chunk, N = 4",
@@ -149,11 +157,17 @@ _TITLES = {
     "sweeps": ("Addition, one knob at a time", "Each row is `verify` or `branch` with one knob changed."),
 }
 _CLAIMS = (
-    dict(text="The paper: OmniOPD improves the student", better="verify", worse="before"),
-    dict(text="The paper: OmniOPD is ahead of white-box OPD", better="verify", worse="opd_reverse"),
-    dict(text="The paper: OmniOPD is ahead of SFT", better="verify", worse="sft"),
+    *(
+        dict(text=f"The paper: OmniOPD ({name}) {claim}", better=arm, worse=worse)
+        for arm, name in (("verify", "α / N = 1"), ("verify_evidence", "α / N = 0.1"))
+        for claim, worse in (
+            ("improves the student", "before"),
+            ("is ahead of white-box OPD", "opd_reverse"),
+            ("is ahead of SFT", "sft"),
+            ("is, with stronger teachers, ahead of GRPO", "grpo"),
+        )
+    ),
     dict(text="The paper: white-box OPD is ahead of SFT", better="opd_reverse", worse="sft"),
-    dict(text="The paper (stronger teachers): OmniOPD is ahead of GRPO", better="verify", worse="grpo"),
     dict(text="The paper's ablation: peaks of entropy are ahead of random positions", better="verify", worse="random"),
     dict(text="The paper's ablation: the anchor helps", better="verify", worse="no_anchor"),
     dict(text="More than sharpening: `verify` beats its self-teacher", better="verify", worse="verify_self"),
