@@ -163,8 +163,8 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        with self._lock:
-            bar, details = self._bar, self._details
+        # Without our lock: rich draws under its own, and a thread that holds ours waits for that one when it prints.
+        bar, details = self._bar, self._details
         if bar is None:
             return Text("")
         now = time.monotonic()

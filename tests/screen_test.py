@@ -75,6 +75,18 @@ def test_a_terminal_is_redrawn_and_keeps_one_line_of_each_bar(monkeypatch):
     assert "3 of 8 (37 %)" in left
 
 
+def test_a_screen_that_is_being_drawn_can_be_written_to(monkeypatch):
+    """rich draws under a lock of its own, which a thread that holds the screen's waits for when it prints."""
+    monkeypatch.setenv("TERM", "xterm")
+    with Screen(Terminal(), is_first=True) as screen:
+        screen("distil", 1, 8)
+        drawing = threading.Thread(target=screen._live.refresh, daemon=True)
+        with screen._lock:
+            drawing.start()
+            drawing.join(10)
+            assert not drawing.is_alive(), "the drawing thread waits for the one that may wait for it"
+
+
 def test_other_processes_show_nothing():
     log = io.StringIO()
     _watched(log, is_first=False, steps=1)
