@@ -115,25 +115,28 @@ def _guarded(main: Callable[[], None]) -> None:
         code = getattr(error, "exit_code", None)
         if code is None and "RESOURCE_EXHAUSTED" in str(error):
             print(f"{_OUT_OF_MEMORY}\n\n{str(error)[:600]}", file=sys.stderr)
+            _leave_processes(1)
             sys.exit(1)
         if code is None:
-            _leave_processes()
+            _leave_processes(1, error)
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
+        _leave_processes(130)
         sys.exit(130)
 
 
-def _leave_processes() -> None:
+def _leave_processes(code: int, bug: Exception | None = None) -> None:
     """A failure that the other processes do not know of: they must not wait for this one, nor it for them."""
     if "omniopd_jax.train.distributed" in sys.modules:
         from omniopd_jax.train import distributed
 
         if distributed.has_peers():
-            traceback.print_exc()
-            distributed.leave(1)
+            if bug is not None:
+                traceback.print_exception(bug)
+            distributed.leave(code)
 
 
 class _StandardError:

@@ -23,15 +23,18 @@ def main() -> None:
         print(projected_cost(config))
     if config.teacher.kind in API_KINDS and config.teacher.dry_run:
         return
-    from omniopd_jax.train import loop
+    from omniopd_jax.train import distributed, loop
 
     workdir = command.workdir(_WORKDIR.value, "")
     with command.bars() as bar:
         result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
-    if is_first:
+
+    def conclude() -> None:
         print(result)
         print(f"report   {command.write_report(result.workdir)}")
         result.mirror.push()
+
+    distributed.first_only(conclude)  # the others wait: at exit jax would not give them the time for a long report
 
 
 if __name__ == "__main__":
