@@ -79,12 +79,12 @@ def start(
     """
     if coordinator == "off":
         return False
-    count = num_processes or int(environment.get("JAX_NUM_PROCESSES", 0)) or None
+    count = num_processes or int(environment.get("JAX_NUM_PROCESSES") or 0) or None
     address = coordinator
     if coordinator in ("", "auto"):  # half an address in the environment of a cluster is for jax to complete
         address = environment.get("JAX_COORDINATOR_ADDRESS", "") if count or not _is_cluster(environment) else ""
     is_cluster = coordinator == "auto" or (not address and _is_cluster(environment))
-    index = process_id if process_id >= 0 else int(environment.get("JAX_PROCESS_ID", -1))
+    index = process_id if process_id >= 0 else int(environment.get("JAX_PROCESS_ID") or -1)
     if not address and not is_cluster:
         if count is not None and count > 1:
             raise ConfigError("--num_processes needs --coordinator=HOST:PORT, the address of process 0.")
@@ -259,4 +259,6 @@ def _described(failure: Exception | None) -> tuple[str, int, bool] | None:
     if failure is None:
         return None
     is_orderly = isinstance(failure, RunStopped | TeacherStopped) and not isinstance(failure, CheckpointError)
-    return f"{type(failure).__name__}: {failure}", int(getattr(failure, "exit_code", 1)), is_orderly
+    # A file that the process cannot read or write ends its run as a CheckpointError does (`loop.run`).
+    otherwise = CheckpointError.exit_code if isinstance(failure, OSError) else 1
+    return f"{type(failure).__name__}: {failure}", int(getattr(failure, "exit_code", otherwise)), is_orderly
