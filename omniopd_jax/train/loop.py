@@ -25,7 +25,7 @@ from omniopd_jax.train.mirror import Mirror
 from omniopd_jax.train.observation import observe, rollout_lines, step_metrics
 from omniopd_jax.train.progress import Progress, Watch
 from omniopd_jax.train.step import TERMS
-from omniopd_jax.train.stops import CheckpointError, Interrupts, RunStopped, check_finite
+from omniopd_jax.train.stops import CheckpointError, Interrupts, RunStopped, WorkdirError, check_finite
 from omniopd_jax.types import Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -106,13 +106,19 @@ def run(
                 began = time.perf_counter()
                 metrics, audits, rollouts = one_step(experiment, index, clock, interrupts)
                 step = experiment.num_finished
+                stopped = None
                 if experiment.evaluator is not None and config.eval.every and step % config.eval.every == 0:
                     with clock.phase("evaluate"):
-                        metrics |= experiment.evaluator(experiment.model)
+                        try:
+                            metrics |= experiment.evaluator(experiment.model)
+                        except RunStopped as error:  # the step itself is finished: its lines are written first
+                            stopped = error
                 programs, seconds = counter.take()
                 metrics |= {"compile/programs": float(programs), "compile/seconds": seconds}
                 metrics |= clock.take() | {"time/step_s": time.perf_counter() - began}
                 write(experiment, {"step": step} | metrics, audits, rollouts)
+                if stopped is not None:
+                    raise stopped
                 score = metrics.get(config.train.checkpoint_best)
                 every = config.train.checkpoint_every
                 if (every and step % every == 0) or experiment.checkpoints.is_best(score):
@@ -122,7 +128,7 @@ def run(
             save(experiment)
             with clock.phase("export"):
                 model_path = distributed.agree(lambda: export(experiment))
-                distributed.agree(experiment.mirror.push)
+                push(experiment)
             experiment.checkpoints.wait()
         return RunResult(
             workdir=experiment.workdir,
@@ -229,8 +235,24 @@ def save(experiment: Experiment, *, score: float | None = None) -> None:
     The prompts and every random stream are functions of the seed and the step, so the step stands for both.
     """
     progress = {"spent": dataclasses.asdict(experiment.spent)}
-    distributed.agree(experiment.mirror.push)  # first: lines of steps that a checkpoint holds are never written again
+    push(experiment)  # first: lines of steps that a checkpoint holds are never written again
     experiment.checkpoints.save(experiment.state, progress, score=score)
+
+
+def push(experiment: Experiment) -> None:
+    """Copies what is new of a work directory in a bucket.
+
+    Raises:
+      CheckpointError: the bucket took it when the run began and does not now, so another try may go on from there.
+    """
+
+    def copy() -> None:
+        try:
+            experiment.mirror.push()
+        except WorkdirError as error:
+            raise CheckpointError(f"{error} Of what is there, {experiment.checkpoints.last}.") from error
+
+    distributed.agree(copy)
 
 
 @contextmanager

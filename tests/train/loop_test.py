@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.protocol import BudgetExhausted, Continuation
 from omniopd_jax.teacher.scripted import ScriptedTeacher, scripted_teacher
 from omniopd_jax.train import loop, observation
+from omniopd_jax.train.evaluation import EvaluationStopped
+from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.metrics import meaning, read_lines
 from omniopd_jax.train.stops import CheckpointError, Interrupted, Interrupts, NotFinite, WorkdirError
 
@@ -230,6 +233,37 @@ def test_a_stopped_teacher_leaves_a_checkpoint(distil, tmp_path):
         distil(tmp_path, teacher=ScriptedTeacher(answer))
     finished = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
     assert os.listdir(tmp_path / "checkpoints") == [str(max(finished))]
+
+
+def test_an_evaluation_that_stops_the_run_loses_no_line_of_the_finished_step(
+    make_config, model, tokenizer, prompts, teacher, compiled, tmp_path
+):
+    def evaluator(student):
+        calls.append(student)
+        if len(calls) == 2:  # the first is of the untrained student
+            raise EvaluationStopped("Nobody judges any more.")
+        return {"eval/greedy_accuracy": 0.5}
+
+    calls = []
+    config = make_config(**{"train.compilation_cache": compiled, "train.steps": 2, "eval.every": 1})
+    with pytest.raises(EvaluationStopped):
+        loop.run(
+            config, tmp_path, student=model, tokenizer=tokenizer, teacher=teacher, prompts=prompts, evaluator=evaluator
+        )
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert {line["step"] for line in read_lines(tmp_path / "audits.jsonl")} == {1}
+
+
+def test_everything_is_closed_where_one_part_cannot_be():
+    def broken():
+        raise OSError("disk")
+
+    closed = []
+    parts = {name: SimpleNamespace(close=lambda name=name: closed.append(name)) for name in ("teacher", "checkpoints")}
+    with pytest.raises(OSError, match="disk"):
+        Experiment.close(SimpleNamespace(log=SimpleNamespace(close=broken), **parts))
+    assert closed == ["teacher", "checkpoints"]
 
 
 def test_a_run_is_done_when_the_teacher_has_written_enough(distil, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from etils.epath import backend, gpath
 from omniopd_jax.train import loop, mirror
 from omniopd_jax.train.metrics import read_lines
 from omniopd_jax.train.mirror import Mirror
-from omniopd_jax.train.stops import WorkdirError
+from omniopd_jax.train.stops import CheckpointError, WorkdirError
 
 
 class Bucket(backend._OsPathBackend):
@@ -84,6 +85,17 @@ def test_a_bucket_that_cannot_be_written_is_one_sentence(bucket):
     bucket.is_closed = True
     with pytest.raises(WorkdirError, match=r"gs://b/run cannot be read: .*you shall not write"):
         Mirror("gs://b/run").pull()
+
+
+def test_a_bucket_that_fails_later_ends_the_run_as_a_checkpoint_that_cannot_be_written(bucket):
+    """Bad input would tell a launcher that another try ends the same way."""
+    one = Mirror("gs://b/run")
+    one.pull()
+    (one.local / "metrics.jsonl").write_text("1\n")
+    bucket.is_closed = True
+    experiment = SimpleNamespace(mirror=one, checkpoints=SimpleNamespace(last="the checkpoint of step 3 is intact"))
+    with pytest.raises(CheckpointError, match=r"gs://b/run cannot be written: .*the checkpoint of step 3 is intact\.$"):
+        loop.push(experiment)
 
 
 def test_a_run_in_a_bucket_resumes_on_another_machine(
