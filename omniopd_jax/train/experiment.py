@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -87,10 +88,11 @@ class Experiment:
 
     def close(self) -> None:
         """Frees everything, once a checkpoint that is being written is complete."""
-        if self.log is not None:
-            self.log.close()
-        self.teacher.close()
-        self.checkpoints.close()
+        with contextlib.ExitStack() as closing:  # each, whatever happens to the others
+            closing.callback(self.checkpoints.close)
+            closing.callback(self.teacher.close)
+            if self.log is not None:
+                closing.callback(self.log.close)
 
 
 def prepare(
@@ -145,7 +147,8 @@ def prepare(
     )
     teacher = teacher or agree(lambda: teacher_of(config, needs, workdir))
     try:
-        if teacher is not None and needs.text and max(checkpoints.steps(), default=0) < train.steps:
+        is_unfinished = max(distributed.from_first(checkpoints.steps()), default=0) < train.steps
+        if teacher is not None and needs.text and is_unfinished:
             # before the student is loaded: a teacher that is down shows in seconds
             _LOG.info("%s", agree(teacher.probe))
         decoder, tokenizer = checked.decoder, checked.tokenizer
