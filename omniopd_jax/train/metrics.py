@@ -281,7 +281,9 @@ class Dashboard:
         if row["step"] > self._last:
             self._last = row["step"]
             self._run.log(_scalars(row), step=self._last)
-            self._path.write_text(json.dumps({"id": self._id, "last_step": self._last}) + "\n", encoding="utf-8")
+            written = self._path.with_name(self._path.name + ".new")  # a crash leaves the old one or the new one
+            written.write_text(json.dumps({"id": self._id, "last_step": self._last}) + "\n", encoding="utf-8")
+            written.replace(self._path)
 
     def close(self) -> None:
         self._run.finish()
