@@ -33,6 +33,12 @@ def main() -> None:
         raise InputError("--config names the run and --topology what to plan it for, e.g. v5e:8x8 or cpu:8.")
     check_name(_TOPOLOGY.value)
     config = command.read_config(_CONFIG)
+    out = Path(_JSON.value) if _JSON.value else None
+    if out is not None:
+        try:  # before minutes of compilation
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--json={out} cannot be written: {error.strerror or error}.") from error
     set_environment(_TOPOLOGY.value)  # before jax looks for devices
     from omniopd_jax.plan.planner import make_plan, to_json
     from omniopd_jax.plan.report import render
@@ -45,8 +51,8 @@ def main() -> None:
         progress=lambda what: print(f"compiling {what} …", file=sys.stderr, flush=True),
     )
     print(render(found))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
     if found.fits is False:
         sys.exit(1)
 

@@ -137,8 +137,7 @@ def make_plan(
 
 def largest(shapes: Shapes, at: Callable[[int], Plan]) -> Plan:
     """The plan of the largest micro-batch whose step fits, by bisection; of the smallest where none does."""
-    mesh, batch = shapes.mesh, shapes.config.rollout.batch_size
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares, batch = sharding.batch_shares(shapes.mesh), shapes.config.rollout.batch_size
     sizes = [size for size in range(shares, batch + 1, shares) if batch % size == 0]
     low, high, best = 0, len(sizes), None  # sizes below `low` fit, those from `high` on do not
     tried: dict[int, bool] = {}

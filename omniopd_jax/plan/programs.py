@@ -305,7 +305,7 @@ def cache_bytes(shapes: Shapes) -> int:
     """Bytes of the key/value cache that one chip holds while responses are decoded, at their longest."""
     config, decoder, mesh = shapes.config, shapes.student.config, shapes.mesh
     rows = config.rollout.slots if is_refilled(config) else config.rollout.batch_size
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = sharding.batch_shares(mesh)
     heads = decoder.num_kv_heads
     heads = heads // mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else heads
     columns = roomy(config.data.max_prompt_tokens + config.rollout.max_new_tokens - 1)

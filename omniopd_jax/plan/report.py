@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniopd_jax.plan.planner import Plan, to_json
+from omniopd_jax.plan.planner import Plan
 from omniopd_jax.plan.programs import Compiled
 
 _GIB = 2**30
@@ -120,4 +120,3 @@ TABLE_HEAD = (
     "| student | slice | data×fsdp×tensor | responses / micro-batch | parameters + optimizer + reference + cache, GiB "
     "| temporaries of step / decoding, GiB | peak, GiB | fits | TFLOP | GB sent | seconds |\n" + "|---" * 11 + "|"
 )
-__all__ = ["TABLE_HEAD", "render", "table_row", "to_json"]

@@ -63,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def check_batch(mesh: Mesh, config: Config) -> None:
     """Raises ConfigError where a batch, or a part of it, does not divide over the mesh."""
-    shares = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    shares = batch_shares(mesh)
     whole, parts = config.rollout.batch_size, config.pipeline.micro_batches
     sizes = {"rollout.batch_size": whole}
     if config.train.micro_batch_size:

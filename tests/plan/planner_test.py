@@ -33,7 +33,7 @@ def _run(*flags: str, timeout: int = 900) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plans")
+    folder = tmp_path_factory.mktemp("plans") / "made" / "by it"
     done = _run(
         "--config=configs/tiny.py",
         "--topology=cpu:8",
