@@ -2,9 +2,9 @@
 
     python -m experiments.overlap
 
-Seconds, medians over the steps after the warm-up. device: the student's own work in the same parts, without a teacher to
-wait for. bound: 1.15 times the longer of device and teacher, and one micro-batch. teacher "delay" answers whatever it is
-asked after that time, "pace" works off a batch's questions in that time.
+Seconds, medians over the steps after the warm-up. device: the student's own work in the same parts, without a teacher
+to wait for. bound: 1.15 times the longer of device and teacher, and one micro-batch. teacher "delay" answers whatever
+it is asked after that time, "pace" works off a batch's questions in that time.
 """
 
 import json
