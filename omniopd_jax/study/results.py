@@ -258,7 +258,7 @@ def _figure(finished: _Finished) -> str:
                     if (curve := _curve(finished, run, mode, axis)) is not None
                 ]
                 if curves:
-                    lines.append(_mean_line(finished.study.arm(name).title, curves))
+                    lines.append(_mean_line(finished.study.arm(name).title.replace("`", ""), curves))
             panels.append(figure.Panel(f"Accuracy, {title}, %", label, lines, (0.0, 100.0)))
     return figure.svg(panels, columns=len(axes), title=f"{finished.study.title}: accuracy while training")
 
