@@ -136,7 +136,7 @@ def test_the_documents_are_read_in_one_order_and_none_is_left_out():
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert not pages - set(linked), f"docs/README.md should link {sorted(pages - set(linked))}"
     order = ["quickstart", "method", "arms", "teachers", "models", "scale", "evaluation"]
-    order += ["comparison", "results", "alignment", "metrics", "faq"]
+    order += ["comparison", "results", "alignment", "benchmarks", "metrics", "faq"]
     assert [name for name in linked if name != "paper_map.md"] == [f"{n}.md" for n in order if f"{n}.md" in linked]
 
 
