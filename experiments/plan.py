@@ -27,6 +27,8 @@ _TABLE = flags.DEFINE_string("table", "", "Folder of plans in JSON, printed as o
 
 def main() -> None:
     if _TABLE.value:
+        from omniopd_jax.plan.report import table
+
         print(table(Path(_TABLE.value)))
         return
     if not _TOPOLOGY.value or _CONFIG.value is None:
@@ -55,21 +57,6 @@ def main() -> None:
         out.write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
     if found.fits is False:
         sys.exit(1)
-
-
-def table(folder: Path) -> str:
-    """The plans of a folder, one row each, by file name."""
-    from omniopd_jax.plan.report import TABLE_HEAD, table_row
-
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            rows.append(table_row(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--table: {path} is no plan that --json wrote ({error!r}).") from error
-    if not rows:
-        raise InputError(f"--table={folder} holds no *.json files of plans.")
-    return "\n".join([TABLE_HEAD, *rows])
 
 
 if __name__ == "__main__":

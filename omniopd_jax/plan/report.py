@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from omniopd_jax.plan.planner import Plan
 from omniopd_jax.plan.programs import Compiled
+from omniopd_jax.types import InputError
 
 _GIB = 2**30
 
@@ -92,7 +96,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1e}"
 
 
-def table_row(found: dict) -> str:
+def _table_row(found: dict) -> str:
     """One line of the table in docs/scale.md from a plan's JSON."""
     held, programs = found["held_bytes"], {one["name"]: one for one in found["programs"]}
     step, decode = programs["step"], programs.get("decode", {})
@@ -116,7 +120,24 @@ def table_row(found: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-TABLE_HEAD = (
+_TABLE_HEAD = (
     "| student | slice | data×fsdp×tensor | responses / micro-batch | parameters + optimizer + reference + cache, GiB "
     "| temporaries of step / decoding, GiB | peak, GiB | fits | TFLOP | GB sent | seconds |\n" + "|---" * 11 + "|"
 )
+
+
+def table(folder: Path) -> str:
+    """The plans of a folder in JSON (`planner.to_json`), one row each, by file name.
+
+    Raises:
+      InputError: none there, or a file that is no plan.
+    """
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            rows.append(_table_row(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--table: {path} is no plan that --json wrote ({error!r}).") from error
+    if not rows:
+        raise InputError(f"--table={folder} holds no *.json files of plans.")
+    return "\n".join([_TABLE_HEAD, *rows])

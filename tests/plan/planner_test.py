@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from configs import base, tiny
-from experiments import plan as plan_main
 from omniopd_jax.config import ConfigError, from_mapping
 from omniopd_jax.models import parameters
-from omniopd_jax.plan import planner, topology
+from omniopd_jax.plan import planner, report, topology
 from omniopd_jax.plan.students import PUBLISHED, find_student
 from omniopd_jax.plan.topology import TopologyError
 from omniopd_jax.types import InputError
@@ -94,7 +93,7 @@ def test_sharded_work_is_sent_by_axis(planned):
 
 def test_plans_as_a_table(planned):
     _, _, folder = planned
-    head, _, row = plan_main.table(folder).splitlines()
+    head, _, row = report.table(folder).splitlines()
     assert head.count("|") == row.count("|")
     assert "| cpu:8 | 1×4×2 | 8 / 8 |" in row
 
@@ -108,10 +107,10 @@ def test_what_cannot_be_planned_is_said_in_one_sentence(tmp_path):
         with pytest.raises(TopologyError, match="is not known"):
             topology.check_name(name)
     with pytest.raises(InputError, match=r"holds no \*\.json files"):
-        plan_main.table(tmp_path)
+        report.table(tmp_path)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other\.json is no plan"):
-        plan_main.table(tmp_path)
+        report.table(tmp_path)
 
 
 def test_a_slice_without_libtpu_names_the_extra(monkeypatch):
