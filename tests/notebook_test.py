@@ -64,6 +64,8 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("OMNIOPD_NOTEBOOK_FAST", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    # tqdm, which transformers brings, misses ipywidgets in a bare kernel; Colab has them.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     book = nbformat.reads(json.dumps(notebook), as_version=4)
     client = nbclient.NotebookClient(
