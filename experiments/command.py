@@ -115,27 +115,27 @@ def _guarded(main: Callable[[], None]) -> None:
         code = getattr(error, "exit_code", None)
         if code is None and "RESOURCE_EXHAUSTED" in str(error):
             print(f"{_OUT_OF_MEMORY}\n\n{str(error)[:600]}", file=sys.stderr)
-            _leave_processes(1)
+            _leave_processes(1, error)
             sys.exit(1)
         if code is None:
-            _leave_processes(1, error)
+            _leave_processes(1, error, is_bug=True)
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Interrupted.", file=sys.stderr)
-        _leave_processes(130)
+        _leave_processes(130, error)
         sys.exit(130)
 
 
-def _leave_processes(code: int, bug: Exception | None = None) -> None:
+def _leave_processes(code: int, error: BaseException, *, is_bug: bool = False) -> None:
     """A failure that the other processes do not know of: they must not wait for this one, nor it for them."""
     if "omniopd_jax.train.distributed" in sys.modules:
         from omniopd_jax.train import distributed
 
-        if distributed.has_peers():
-            if bug is not None:
-                traceback.print_exception(bug)
+        if distributed.has_peers() and not distributed.is_known_to_all(error):
+            if is_bug:
+                traceback.print_exception(error)
             distributed.leave(code)
 
 

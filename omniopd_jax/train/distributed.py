@@ -180,6 +180,7 @@ def teacher_share(teacher: TeacherConfig) -> TeacherConfig:
 
 
 _meetings = itertools.count()
+_KNOWN = "_is_known_to_all_processes"
 
 
 def gather(value: T) -> list[T]:
@@ -219,8 +220,14 @@ def collect(part: Callable[[], T]) -> list[T]:
     process, (sentence, exit_code, is_orderly) = min(failed, key=lambda pair: pair[1][2])
     own = _described(failure)
     if failure is not None and own is not None and own[1:] == (exit_code, is_orderly):
+        failure.__dict__[_KNOWN] = True
         raise failure
     raise (PeerStopped if is_orderly else PeerFailed)(process, sentence, exit_code) from failure
+
+
+def is_known_to_all(error: BaseException) -> bool:
+    """Whether the other processes end because of this error as well, so that all can meet at the end."""
+    return isinstance(error, PeerStopped | PeerFailed) or _KNOWN in getattr(error, "__dict__", {})
 
 
 def agree(part: Callable[[], T]) -> T:

@@ -139,7 +139,8 @@ def test_the_loop_gives_the_gradient_of_each_batch_and_the_student_stays(tmp_pat
         with Interrupts().installed() as interrupts:
             tree = observe(experiment, 1, loop.Clock(), interrupts).credit.tree
         trees = batching.to_devices(batching.micro_batches(batching.pack(tree), 1), experiment.mesh, axis=1)
-        expected, _ = step.gradients(experiment.frozen, experiment.state.params, None, trees, step_options(config))
+        options = step_options(config, experiment.mesh)
+        expected, _ = step.gradients(experiment.frozen, experiment.state.params, None, trees, options)
     finally:
         experiment.close()
     flat = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(expected)])
