@@ -13,7 +13,7 @@ data.train is MBPP, our guess: the paper does not say what it trains on. data.ev
 HumanEval, whose programs run in a sandbox on this machine (docs/evaluation.md). What ARM and TEACHER may be, and what
 is our guess: configs/qwen3.py.
 
-Devices: a TPU v5e slice of 8×8 chips, our guess. `experiments.plan --topology=v5e:8x8` says of omniopd at the same sizes
+Devices: a TPU v5e slice of 8×8 chips, a guess. `experiments.plan --topology=v5e:8x8` says of omniopd at the same sizes
 (configs/qwen3_1p7b_math.py): 25.6 to 27.6 s a step, 1.4 to 1.5 hours for 200, without the teacher and the host; 6.5 of
 15.7 GiB a chip.
 Teacher: what `--config.teacher.dry_run=True` prints, an estimate for responses of full length.
