@@ -61,10 +61,12 @@ def fused_terms(
                 f"reference and student must share one vocabulary, got {reference[1].shape[1]} and "
                 f"{unembed_DxV.shape[1]} tokens."
             )
-    frozen = jax.lax.stop_gradient((targets_BxT, fields, reference))
+    still = jax.lax.stop_gradient
     setting = (block_loss, block_tokens, logit_softcap)
-    carrier, logprob_BxT, kl_BxT = _fused(setting, hidden_BxTxD, unembed_DxV, *frozen)
-    return carrier, jax.lax.stop_gradient(logprob_BxT), jax.lax.stop_gradient(kl_BxT)
+    carrier, logprob_BxT, kl_BxT = _fused(
+        setting, hidden_BxTxD, unembed_DxV, still(targets_BxT), still(fields), still(reference)
+    )
+    return carrier, still(logprob_BxT), still(kl_BxT)
 
 
 _Setting = tuple[BlockLoss, int, float | None]
