@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,8 @@ def fused_terms(
             )
     still = jax.lax.stop_gradient
     setting = (block_loss, block_tokens, logit_softcap)
-    carrier, logprob_BxT, kl_BxT = _fused(
-        setting, hidden_BxTxD, unembed_DxV, still(targets_BxT), still(fields), still(reference)
-    )
+    terms: Any = _fused(setting, hidden_BxTxD, unembed_DxV, still(targets_BxT), still(fields), still(reference))
+    carrier, logprob_BxT, kl_BxT = cast(tuple[Array, Array, Array], terms)
     return carrier, still(logprob_BxT), still(kl_BxT)
 
 
