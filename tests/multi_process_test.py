@@ -121,6 +121,7 @@ def test_two_processes_learn_what_one_learns(one, two):
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
 
 
+@pytest.mark.slow
 def test_one_process_s_teacher_stops_all_and_one_process_goes_on_from_their_checkpoint(folder, one, two):
     run = Run(folder, 2, "stopped", fault="teacher")
     assert run.codes() == [3, 3], run.text

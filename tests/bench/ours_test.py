@@ -20,6 +20,7 @@ def test_rollout():
     _run_twice(generation.rollout(dict(TINY, new_tokens=24)))
 
 
+@pytest.mark.slow
 def test_refilled_slots_draw_what_batches_draw():
     spec = dict(TINY, batch=8, new_tokens=40, slots=4, lengths="logarithmic")
     lengths = [_run_twice(generation.refill(dict(spec, kind=kind))) for kind in ("refill", "at once")]
