@@ -1,11 +1,14 @@
 """A loss of token log-probabilities and the KL anchor whose gradient is taken while the logits are there.
 
+The paper's anchor is the forward KL, base model first, exact over the full vocabulary:
+
+    KL(π_ref ‖ π_θ)_t = Σ_v π_ref,t(v) (log π_ref,t(v) − log π_θ,t(v))        d KL / d logits_θ = π_θ − π_ref
+
 A loss that is a sum over tokens, L = Σ_t f_t(log p_t(y_t), KL_t), has ∂L/∂logits_t as soon as the block of token t is
 read. So the forward pass multiplies with the heads once each (student, reference) and at once back (towards hidden
-states and unembedding): four products instead of the six of `logprob_and_anchor_kl`, whose backward pass reads both
-heads again; three instead of four without a reference. What is kept for the backward pass is of the size of the hidden
-states and of the unembedding, as there. The idea of taking the gradient in the forward pass is Liger Kernel's
-(arXiv 2410.10989).
+states and unembedding): four products, three without a reference. A backward pass of its own would read both heads
+again, six and four. What is kept for the backward pass is of the size of the hidden states and of the unembedding. The
+idea of taking the gradient in the forward pass is Liger Kernel's (arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -36,10 +39,14 @@ def fused_terms(
     block_tokens: int = 512,
     logit_softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`logprob_and_anchor_kl` (or `token_logprob`) and a carrier of the loss's gradient.
+    """`token_logprob`, the KL anchor and a carrier of the loss's gradient.
 
         carrier, logprob, kl = fused_terms(block_loss, …)
         loss = loss_of(logprob, kl) + carrier        # the carrier is 0; gradients flow through it alone
+
+    The anchor is exactly 0, with a gradient of exactly 0, where both sides hold the same numbers. A token banned on
+    both sides (−inf logits) contributes 0; one that only the student bans makes the KL inf, with a finite gradient. No
+    gradient flows to the reference.
 
     Args:
       block_loss: the loss as a sum over tokens, differentiable in its first two arguments. It must not depend on how

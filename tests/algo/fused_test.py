@@ -1,4 +1,5 @@
-"""The fused loss: the same numbers and gradients as dense logits give, whatever the loss of a token is."""
+"""The fused loss: the terms and gradients of the dense definitions, whatever the loss of a token is, and an anchor that
+is exactly nothing at the base model."""
 
 import jax
 import jax.numpy as jnp
@@ -7,117 +8,183 @@ import pytest
 
 from omniopd_jax.algo.fused import fused_terms
 
-B, T, D, V = 2, 13, 8, 37
+B, T, D, V = 2, 7, 4, 11
+WEIGHT = np.cos(np.arange(B * T)).reshape(B, T)
+ANCHOR = 0.5 + np.sin(np.arange(B * T)).reshape(B, T) ** 2
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    keys = jax.random.split(jax.random.key(0), 7)
-    weight = jax.random.normal(keys[5], (B, T))
+    rng = np.random.default_rng(1)
+    weight, anchor = WEIGHT.astype(np.float32), ANCHOR.astype(np.float32)
+    weight[0, 3:6] = weight[1, -1] = anchor[1] = 0
     return dict(
-        hidden=jax.random.normal(keys[0], (B, T, D)),
-        unembed=jax.random.normal(keys[1], (D, V)),
-        ref_hidden=jax.random.normal(keys[2], (B, T, D)),
-        ref_unembed=jax.random.normal(keys[3], (D, V)),
-        targets=jax.random.randint(keys[4], (B, T), 0, V),
-        weight=weight.at[0, 3:6].set(0.0).at[1, -1].set(0.0),
-        anchor=jax.random.uniform(keys[6], (B, T)).at[1].set(0.0),
+        hidden=rng.normal(size=(B, T, D)).astype(np.float32),
+        unembed=(1.5 * rng.normal(size=(D, V))).astype(np.float32),
+        ref_hidden=rng.normal(size=(B, T, D)).astype(np.float32),
+        ref_unembed=(1.5 * rng.normal(size=(D, V))).astype(np.float32),
+        targets=rng.integers(0, V, (B, T)),
+        fields={"weight": weight, "anchor": anchor},
     )
 
 
-def _linear(logprob, kl, fields):
-    return -jnp.sum(fields["weight"] * logprob) + jnp.sum(fields["anchor"] * kl)
+def linear(logprob, kl, fields, xp=jnp):
+    return -xp.sum(fields["weight"] * logprob) + xp.sum(fields["anchor"] * kl)
 
 
-def _curved(logprob, kl, fields):
+def curved(logprob, kl, fields, xp=jnp):
     """A clipped ratio and a squared KL: slopes that depend on the terms themselves."""
-    ratio = jnp.exp(logprob + 3.0)
-    surrogate = jnp.minimum(ratio * fields["weight"], jnp.clip(ratio, 0.8, 1.2) * fields["weight"])
-    return -jnp.sum(surrogate) + jnp.sum(fields["anchor"] * kl**2)
+    ratio = xp.exp(logprob + 3.0)
+    surrogate = xp.minimum(ratio * fields["weight"], xp.clip(ratio, 0.8, 1.2) * fields["weight"])
+    return -xp.sum(surrogate) + xp.sum(fields["anchor"] * kl**2)
 
 
-def _dense(loss, arrays, hidden, unembed, softcap=None, *, has_reference=True):
-    def logprobs(hidden, unembed):
-        logits = hidden @ unembed
-        return jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
-
-    student = logprobs(hidden, unembed)
-    logprob = jnp.take_along_axis(student, arrays["targets"][..., None], -1)[..., 0]
-    kl = jnp.zeros_like(logprob)
-    if has_reference:
-        reference = logprobs(arrays["ref_hidden"], arrays["ref_unembed"])
-        kl = jnp.sum(jnp.exp(reference) * (reference - student), axis=-1)
-    return loss(logprob, kl, arrays), (logprob, kl)
+def anchor_alone(logprob, kl, fields, xp=jnp):
+    del logprob
+    return xp.sum(fields["anchor"] * kl)
 
 
-def _fused(loss, arrays, hidden, unembed, softcap=None, *, has_reference=True, block_tokens=5):
-    fields = {"weight": arrays["weight"], "anchor": arrays["anchor"]}
+def logprobs(hidden, unembed, softcap):
+    with np.errstate(all="ignore"):
+        logits = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64)
+        logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+        logits = logits - logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def dense_terms(arrays, softcap=None, *, has_reference=True):
+    """(logprob, kl), float64, written out."""
+    student = logprobs(arrays["hidden"], arrays["unembed"], softcap)
+    logprob = np.take_along_axis(student, arrays["targets"][..., None], -1)[..., 0]
+    if not has_reference:
+        return logprob, np.zeros_like(logprob)
+    reference = logprobs(arrays["ref_hidden"], arrays["ref_unembed"], softcap)
+    with np.errstate(all="ignore"):
+        return logprob, np.where(np.exp(reference) > 0, np.exp(reference) * (reference - student), 0.0).sum(-1)
+
+
+def numeric_gradient(function, point, step=1e-5):
+    point = np.asarray(point, np.float64)
+    gradient = np.zeros_like(point)
+    for index in np.ndindex(point.shape):
+        moved = np.stack([point, point])
+        moved[(0, *index)] += step
+        moved[(1, *index)] -= step
+        gradient[index] = (function(moved[0]) - function(moved[1])) / (2 * step)
+    return gradient
+
+
+def terms_of(loss, arrays, softcap=None, *, has_reference=True, block_tokens=5):
+    """(carrier, logprob, kl)."""
     reference = (arrays["ref_hidden"], arrays["ref_unembed"]) if has_reference else None
-    carrier, logprob, kl = fused_terms(
-        loss, hidden, unembed, arrays["targets"], fields, reference, block_tokens=block_tokens, logit_softcap=softcap
-    )
-    return loss(logprob, kl, fields) + carrier, (logprob, kl)
+    student = (arrays["hidden"], arrays["unembed"], arrays["targets"], arrays["fields"])
+    return fused_terms(loss, *student, reference, block_tokens=block_tokens, logit_softcap=softcap)
+
+
+def value_and_slopes(loss, arrays, names=("hidden", "unembed"), wrap=jax.jit, **options):
+    """((loss, (logprob, kl)), its gradient in each named array)."""
+
+    def value(*moved):
+        given = arrays | dict(zip(names, moved, strict=True))
+        carrier, logprob, kl = terms_of(loss, given, **options)
+        return loss(logprob, kl, arrays["fields"]) + carrier, (logprob, kl)
+
+    places = tuple(range(len(names)))
+    return wrap(jax.value_and_grad(value, argnums=places, has_aux=True))(*(arrays[name] for name in names))
+
+
+@pytest.mark.parametrize(("block_tokens", "softcap"), [(1, None), (5, 2.0), (5, None), (512, None)])
+def test_any_block_gives_the_dense_values(arrays, block_tokens, softcap):
+    carrier, *terms = terms_of(linear, arrays, softcap, block_tokens=block_tokens)
+    assert carrier == 0
+    for ours, dense in zip(terms, dense_terms(arrays, softcap), strict=True):
+        assert ours.shape == (B, T)
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, dense, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("loss", "softcap", "has_reference"), [(_linear, None, True), (_curved, 4.0, True), (_curved, None, False)]
+    ("loss", "softcap", "has_reference"),
+    [(linear, None, True), (linear, 2.0, True), (curved, 2.0, True), (curved, None, False)],
 )
-def test_terms_and_gradients_are_those_of_dense_logits(arrays, loss, softcap, has_reference):
-    def run(function, scale):
-        def scaled(hidden, unembed):
-            value, terms = function(loss, arrays, hidden, unembed, softcap, has_reference=has_reference)
-            return scale * value, terms
+def test_gradients_are_those_of_the_dense_definition(arrays, loss, softcap, has_reference):
+    (value, terms), slopes = value_and_slopes(loss, arrays, softcap=softcap, has_reference=has_reference)
 
-        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(arrays["hidden"], arrays["unembed"])
+    def dense(**moved):
+        return loss(*dense_terms(arrays | moved, softcap, has_reference=has_reference), arrays["fields"], np)
 
-    (value, terms), gradients = run(_fused, 3.0)
-    (expected, dense_terms), dense_gradients = run(_dense, 3.0)
-    np.testing.assert_allclose(value, expected, rtol=2e-5)
-    for ours, theirs in zip((*terms, *gradients), (*dense_terms, *dense_gradients), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(np.abs(theirs).max() or 1.0))
-    silent = (np.asarray(arrays["weight"]) == 0) & ((np.asarray(arrays["anchor"]) == 0) | (not has_reference))
-    assert silent.sum() >= 1
-    np.testing.assert_array_equal(np.asarray(gradients[0])[silent], 0)
+    np.testing.assert_allclose(value, dense(), rtol=1e-5)
+    for ours, expected in zip(terms, dense_terms(arrays, softcap, has_reference=has_reference), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    for name, slope in zip(("hidden", "unembed"), slopes, strict=True):
+        expected = numeric_gradient(lambda point, name=name: dense(**{name: point}), arrays[name])
+        np.testing.assert_allclose(slope, expected, rtol=2e-5, atol=2e-5 * max(1.0, np.abs(expected).max()))
+    silent = (arrays["fields"]["weight"] == 0) & ((arrays["fields"]["anchor"] == 0) | (not has_reference))
+    assert silent.any()
+    np.testing.assert_array_equal(np.asarray(slopes[0])[silent], 0)
 
 
-def test_a_token_banned_on_both_sides_passes_no_gradient(arrays):
-    unembed = arrays["unembed"].at[:, 4].set(-jnp.inf)
-    with_ban = arrays | {
-        "ref_unembed": arrays["ref_unembed"].at[:, 4].set(-jnp.inf),
-        "hidden": jnp.abs(arrays["hidden"]),
+def test_the_gradient_is_scaled_with_the_loss(arrays):
+    def tripled(hidden):
+        carrier, logprob, kl = terms_of(linear, arrays | {"hidden": hidden})
+        return 3 * (linear(logprob, kl, arrays["fields"]) + carrier)
+
+    once = value_and_slopes(linear, arrays, ("hidden",))[1][0]
+    np.testing.assert_allclose(jax.jit(jax.grad(tripled))(arrays["hidden"]), 3 * once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_at_equal_parameters_the_anchor_is_exactly_nothing(arrays, wrap):
+    equal = arrays | {"ref_hidden": arrays["hidden"], "ref_unembed": arrays["unembed"]}
+    (value, (_, kl)), slopes = value_and_slopes(anchor_alone, equal, wrap=wrap, block_tokens=3)
+    assert value == 0
+    np.testing.assert_array_equal(kl, 0.0)
+    jax.tree.map(lambda slope: np.testing.assert_array_equal(slope, 0.0), slopes)
+
+
+def test_no_gradient_reaches_the_reference(arrays):
+    _, slopes = value_and_slopes(linear, arrays, ("ref_hidden", "ref_unembed"))
+    jax.tree.map(lambda slope: np.testing.assert_array_equal(slope, 0.0), slopes)
+
+
+BANNED = 5
+
+
+def ban(arrays, side):
+    """The side ("" the student, "ref_" the reference) gives one token the logit −inf."""
+    hidden, unembed = np.copy(arrays[f"{side}hidden"]), np.copy(arrays[f"{side}unembed"])
+    hidden[..., 0] = 1.0
+    unembed[:, BANNED] = 0.0
+    unembed[0, BANNED] = -np.inf
+    return arrays | {
+        f"{side}hidden": hidden,
+        f"{side}unembed": unembed,
+        "targets": np.where(arrays["targets"] == BANNED, 0, arrays["targets"]),
     }
-    with_ban |= {
-        "ref_hidden": jnp.abs(arrays["ref_hidden"]),
-        "targets": jnp.where(arrays["targets"] == 4, 5, arrays["targets"]),
-    }
-    gradients = jax.grad(lambda h, u: _fused(_linear, with_ban, h, u)[0], argnums=(0, 1))(with_ban["hidden"], unembed)
-    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
-    np.testing.assert_array_equal(np.asarray(gradients[1])[:, 4], 0)
 
 
-def test_without_a_gradient_the_terms_are_the_same(arrays):
-    carrier, *terms = fused_terms(
-        _linear,
-        arrays["hidden"],
-        arrays["unembed"],
-        arrays["targets"],
-        {"weight": arrays["weight"], "anchor": arrays["anchor"]},
-        (arrays["ref_hidden"], arrays["ref_unembed"]),
-        block_tokens=7,
-    )
-    assert carrier == 0
-    _, dense_terms = _dense(_linear, arrays, arrays["hidden"], arrays["unembed"])
-    for ours, theirs in zip(terms, dense_terms, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+def test_a_token_banned_on_both_sides_contributes_nothing(arrays):
+    banned = ban(ban(arrays, ""), "ref_")
+    without = banned | {name: np.delete(banned[name], BANNED, 1) for name in ("unembed", "ref_unembed")}
+    without["targets"] = banned["targets"] - (banned["targets"] > BANNED)
+    (value, terms), (d_hidden, d_unembed) = value_and_slopes(linear, banned)
+    (expected, _), expected_slopes = value_and_slopes(linear, without)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, dense in zip(terms, dense_terms(without), strict=True):
+        np.testing.assert_allclose(ours, dense, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(d_hidden, expected_slopes[0], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(np.delete(d_unembed, BANNED, 1), expected_slopes[1], rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(np.asarray(d_unembed)[:, BANNED], 0.0)
 
 
-def test_shapes_that_do_not_belong_together_are_refused(arrays):
-    with pytest.raises(ValueError, match="one vocabulary"):
-        fused_terms(
-            _linear,
-            arrays["hidden"],
-            arrays["unembed"],
-            arrays["targets"],
-            {},
-            (arrays["ref_hidden"], arrays["ref_unembed"][:, :-1]),
-        )
+def test_a_token_that_only_one_side_bans(arrays):
+    (_, (_, kl)), slopes = value_and_slopes(anchor_alone, ban(arrays, ""))
+    assert np.all(np.asarray(kl) == np.inf)
+    assert all(np.all(np.isfinite(slope)) for slope in slopes)
+    banned = ban(arrays, "ref_")
+    np.testing.assert_allclose(terms_of(linear, banned)[2], dense_terms(banned)[1], rtol=1e-5)
+
+
+def test_vocabularies_of_two_sizes_are_refused(arrays):
+    with pytest.raises(ValueError, match=f"share one vocabulary, got {V - 1} and {V}"):
+        terms_of(linear, arrays | {"ref_unembed": arrays["ref_unembed"][:, :-1]})
