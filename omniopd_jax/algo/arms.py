@@ -19,13 +19,11 @@ from omniopd_jax.types import Anchors, Array, ChunkTargets
 
 class VerifyWeights(NamedTuple):
     weight_BxT: Array
-    anchor_weight_BxT: Array
     targets: ChunkTargets
 
 
 class BranchWeights(NamedTuple):
     branch_weight_BxRxC: Array  # R = M·G, branch g of chunk m at m·G + g; 0 on padding
-    anchor_weight_BxT: Array
     advantage_BxMxG: Array  # reward − baseline, before 1/G and the denominator; 0 where not audited
     is_audited_BxM: Array
 
@@ -81,8 +79,6 @@ def verify(
     *,
     chunk_tokens: int,
     prior_strength: float,
-    anchor_weight: float,
-    anchor_tokens: str = "unaudited",
     normalise: str = "token",
     baseline: str = "none",
     group_B: Array | None = None,
@@ -112,7 +108,7 @@ def verify(
       denominator: of the whole batch, where this call sees only a part; None: this batch's own.
 
     Returns:
-      VerifyWeights: token weights, anchor weights and the targets behind them.
+      VerifyWeights: token weights and the targets behind them.
     """
     if denominator is None:
         denominator = batch_denominator(mask_BxT, normalise=normalise)
@@ -132,15 +128,6 @@ def verify(
     return VerifyWeights(
         weight_BxT=chunk_weights(
             mask_BxT, anchors, advantage_BxM, is_audited_BxM, chunk_tokens=chunk_tokens, denominator=denominator
-        ),
-        anchor_weight_BxT=anchor_weights(
-            mask_BxT,
-            anchors,
-            is_audited_BxM,
-            chunk_tokens=chunk_tokens,
-            anchor_weight=anchor_weight,
-            anchor_tokens=anchor_tokens,
-            denominator=denominator,
         ),
         targets=ChunkTargets(
             prior_BxM=prior_BxM, target_BxM=target_BxM, is_audited_BxM=is_audited_BxM, advantage_BxM=advantage_BxM
@@ -172,10 +159,7 @@ def branch(
     branch_overlap_BxMxG: Array,
     count_BxM: Array,
     *,
-    chunk_tokens: int,
     repulsion: float,
-    anchor_weight: float,
-    anchor_tokens: str = "unaudited",
     normalise: str = "token",
     denominator: Array | None = None,
 ) -> BranchWeights:
@@ -220,15 +204,6 @@ def branch(
     rows, slots, _, width = weight_BxMxGxC.shape
     return BranchWeights(
         branch_weight_BxRxC=jax.lax.stop_gradient(weight_BxMxGxC.reshape(rows, slots * branches, width)),
-        anchor_weight_BxT=anchor_weights(
-            mask_BxT,
-            anchors,
-            is_audited_BxM,
-            chunk_tokens=chunk_tokens,
-            anchor_weight=anchor_weight,
-            anchor_tokens=anchor_tokens,
-            denominator=denominator,
-        ),
         advantage_BxMxG=advantage_BxMxG,
         is_audited_BxM=is_audited_BxM,
     )

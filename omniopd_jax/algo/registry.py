@@ -115,8 +115,6 @@ def verify(seen: Seen, settings: Settings) -> Weights:
         seen.agreement_BxM,
         chunk_tokens=settings.chunk_tokens,
         prior_strength=settings.prior_strength,
-        anchor_weight=settings.anchor_weight,
-        anchor_tokens=settings.anchor_tokens,
         normalise=settings.normalise,
         baseline=settings.baseline,
         group_B=seen.group_B,
@@ -141,10 +139,7 @@ def branch(seen: Seen, settings: Settings) -> Weights:
         seen.branch_score_BxMxG,
         seen.branch_overlap_BxMxG,
         seen.count_BxM,
-        chunk_tokens=settings.chunk_tokens,
         repulsion=settings.repulsion,
-        anchor_weight=settings.anchor_weight,
-        anchor_tokens=settings.anchor_tokens,
         normalise=settings.normalise,
     )
     return Weights(

@@ -24,13 +24,18 @@ AUDITED = np.array([[True, False], [True, False], [True, True]])
 TARGET = np.where(COUNT > 0, (SCORE_SUM + 2.0 * PRIOR) / (COUNT + 2.0), PRIOR)
 
 
-verify_arm = jax.jit(arms.verify, static_argnames=("chunk_tokens", "anchor_tokens", "normalise", "baseline"))
-branch_arm = jax.jit(arms.branch, static_argnames=("chunk_tokens", "anchor_tokens", "normalise"))
+verify_arm = jax.jit(arms.verify, static_argnames=("chunk_tokens", "normalise", "baseline"))
+branch_arm = jax.jit(arms.branch, static_argnames="normalise")
 
 
 def verify(**changes):
-    settings = dict(chunk_tokens=C, prior_strength=2.0, anchor_weight=0.1) | changes
+    settings = dict(chunk_tokens=C, prior_strength=2.0) | changes
     return verify_arm(MASK, ANCHORS, PRIOR, SCORE_SUM, COUNT, AGREEMENT, **settings)
+
+
+def anchor_weights(is_audited, denominator, anchor_tokens="unaudited"):
+    settings = dict(chunk_tokens=C, anchor_weight=0.1, anchor_tokens=anchor_tokens, denominator=denominator)
+    return arms.anchor_weights(MASK, ANCHORS, is_audited, **settings)
 
 
 def by_hand(value, denominator):
@@ -44,7 +49,7 @@ def by_hand(value, denominator):
 
 @pytest.mark.parametrize(("normalise", "denominator"), [("token", 20), ("sequence", 3)])
 def test_published_weights_are_the_targets_over_the_denominator(normalise, denominator):
-    weight, anchor_weight, targets = verify(normalise=normalise)
+    weight, targets = verify(normalise=normalise)
     np.testing.assert_allclose(weight, by_hand(TARGET, denominator), rtol=1e-6)
     np.testing.assert_allclose(targets.target_BxM, TARGET, rtol=1e-6)
     np.testing.assert_array_equal(targets.is_audited_BxM, AUDITED)
@@ -52,8 +57,10 @@ def test_published_weights_are_the_targets_over_the_denominator(normalise, denom
     # a chunk that heard nothing is not audited: its tokens carry the anchor
     unaudited = MASK & (by_hand(np.ones((B, M)), 1) == 0)
     assert unaudited[0, 5]
-    np.testing.assert_allclose(anchor_weight, np.where(unaudited, 0.1 / denominator, 0), rtol=1e-6)
-    everywhere = verify(normalise=normalise, anchor_tokens="all").anchor_weight_BxT
+    over = arms.batch_denominator(MASK, normalise=normalise)
+    carried = anchor_weights(targets.is_audited_BxM, over)
+    np.testing.assert_allclose(carried, np.where(unaudited, 0.1 / denominator, 0), rtol=1e-6)
+    everywhere = anchor_weights(targets.is_audited_BxM, over, "all")
     np.testing.assert_allclose(everywhere, np.where(MASK, 0.1 / denominator, 0), rtol=1e-6)
 
 
@@ -73,11 +80,9 @@ def test_parts_of_a_batch_with_its_denominator_are_the_batch():
             *(x[row : row + 1] for x in (PRIOR, SCORE_SUM, COUNT, AGREEMENT)),
             chunk_tokens=C,
             prior_strength=2.0,
-            anchor_weight=0.1,
             denominator=jnp.float32(20),
         )
         np.testing.assert_array_equal(part.weight_BxT[0], whole.weight_BxT[row])
-        np.testing.assert_array_equal(part.anchor_weight_BxT[0], whole.anchor_weight_BxT[row])
 
 
 def test_leave_one_out_takes_the_group_then_the_batch():
@@ -94,7 +99,7 @@ def test_a_group_without_another_audited_chunk_falls_back_on_the_batch():
     heard = COUNT * np.array([[1], [1], [0]], np.float32)  # row 0's peer heard nothing
     result = verify_arm(
         MASK, ANCHORS, PRIOR, SCORE_SUM, heard, AGREEMENT,
-        chunk_tokens=C, prior_strength=2.0, anchor_weight=0.0, baseline="leave_one_out", group_B=np.array([7, 9, 7]),
+        chunk_tokens=C, prior_strength=2.0, baseline="leave_one_out", group_B=np.array([7, 9, 7]),
     )  # fmt: skip
     np.testing.assert_allclose(result.targets.advantage_BxM[0, 0], TARGET[0, 0] - TARGET[1, 0], rtol=1e-5)
 
@@ -103,7 +108,7 @@ def test_alone_in_the_batch_there_is_no_baseline():
     one = [x[:1] for x in (MASK, PRIOR, SCORE_SUM, COUNT, AGREEMENT)]
     result = verify_arm(
         one[0], jax.tree.map(lambda x: x[:1], ANCHORS), *one[1:],
-        chunk_tokens=C, prior_strength=2.0, anchor_weight=0.0, baseline="leave_one_out",
+        chunk_tokens=C, prior_strength=2.0, baseline="leave_one_out",
     )  # fmt: skip
     np.testing.assert_allclose(result.targets.advantage_BxM, np.where(AUDITED, TARGET, 0)[:1], rtol=1e-6)
 
@@ -115,7 +120,7 @@ def test_teacher_agreement_is_what_one_more_text_of_the_teacher_would_earn():
     # a chunk as like the teacher's texts as they are to each other keeps the prior's share alone
     level = verify_arm(
         MASK, ANCHORS, PRIOR, COUNT * AGREEMENT, COUNT, AGREEMENT,
-        chunk_tokens=C, prior_strength=2.0, anchor_weight=0.0, baseline="teacher_agreement",
+        chunk_tokens=C, prior_strength=2.0, baseline="teacher_agreement",
     )  # fmt: skip
     np.testing.assert_allclose(
         np.asarray(level.targets.advantage_BxM)[COUNT >= 2], (2.0 * PRIOR / (COUNT + 2.0))[COUNT >= 2], rtol=1e-5
@@ -147,7 +152,6 @@ def test_leave_one_out_keeps_the_expected_gradient_and_lowers_its_variance(group
                 np.zeros((3, 1), np.float32),
                 chunk_tokens=1,
                 prior_strength=0.5,
-                anchor_weight=0.0,
                 baseline=baseline,
                 group_B=np.array(group),
             )
@@ -176,9 +180,7 @@ def branch_of(texts, repulsion):
         PHI[texts][:, :, TEACHER].mean(2)[:, None].astype(np.float32),
         others[:, None].astype(np.float32),
         np.full((outcomes, 1), 4.0, np.float32),
-        chunk_tokens=1,
         repulsion=repulsion,
-        anchor_weight=0.1,
         denominator=jnp.float32(1),
     )
 
@@ -206,21 +208,18 @@ def test_branch_weights_stand_where_the_tree_wants_them():
     rng = np.random.default_rng(0)
     score = rng.random((B, M, G)).astype(np.float32)
     mask = rng.random((B, M, G, C)) < 0.7
-    weights = branch_arm(
-        MASK, ANCHORS, mask, score, np.zeros_like(score), COUNT, chunk_tokens=C, repulsion=0.0, anchor_weight=0.1
-    )
+    weights = branch_arm(MASK, ANCHORS, mask, score, np.zeros_like(score), COUNT, repulsion=0.0)
     expected = (score - (score.sum(2, keepdims=True) - score) / 2) * AUDITED[:, :, None]
     np.testing.assert_allclose(weights.advantage_BxMxG, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         weights.branch_weight_BxRxC, (expected[..., None] * mask / (G * 20)).reshape(B, M * G, C), rtol=1e-5, atol=1e-7
     )
-    np.testing.assert_array_equal(weights.anchor_weight_BxT, verify().anchor_weight_BxT)
     np.testing.assert_array_equal(weights.is_audited_BxM, AUDITED)
 
 
 @pytest.mark.parametrize("baseline", ["none", "leave_one_out", "teacher_agreement"])
 def test_jit_and_permutation(baseline):
-    settings = dict(chunk_tokens=C, prior_strength=2.0, anchor_weight=0.1, baseline=baseline)
+    settings = dict(chunk_tokens=C, prior_strength=2.0, baseline=baseline)
     arguments = (MASK, ANCHORS, PRIOR, SCORE_SUM, COUNT, AGREEMENT)
     group = np.array([7, 9, 7])
     plain = arms.verify(*arguments, group_B=group, **settings)
@@ -233,15 +232,16 @@ def test_jit_and_permutation(baseline):
     )
 
 
-@pytest.mark.parametrize("setting", ["normalise", "baseline", "anchor_tokens"])
+@pytest.mark.parametrize("setting", ["normalise", "baseline"])
 def test_names_that_do_not_exist_are_refused(setting):
     with pytest.raises(ValueError, match=f"{setting}='nothing' must be"):
         verify(**{setting: "nothing"})
+    with pytest.raises(ValueError, match="anchor_tokens='nothing' must be"):
+        anchor_weights(AUDITED, 1.0, "nothing")
 
 
 def test_one_branch_has_nothing_to_be_compared_with():
     with pytest.raises(ValueError, match="at least 2 branches a chunk"):
         branch_arm(
-            MASK, ANCHORS, np.ones((B, M, 1, C), bool), np.ones((B, M, 1)), np.ones((B, M, 1)), COUNT,
-            chunk_tokens=C, repulsion=0.0, anchor_weight=0.1,
+            MASK, ANCHORS, np.ones((B, M, 1, C), bool), np.ones((B, M, 1)), np.ones((B, M, 1)), COUNT, repulsion=0.0
         )  # fmt: skip

@@ -111,10 +111,20 @@ def test_it_is_the_verify_arm_through_the_tree(normalise, anchor_tokens):
     count = np.full((B, 2), 4.0, np.float32)
     target = posterior_target(4 * TARGET, count, prior, prior_strength=1.0)
     shared = dict(chunk_tokens=C, anchor_weight=0.1, normalise=normalise, anchor_tokens=anchor_tokens)
-    weights = arms.verify(MASK, ANCHORS, prior, 4 * TARGET, count, 0 * count, prior_strength=1.0, **shared)
+    weights = arms.verify(
+        MASK, ANCHORS, prior, 4 * TARGET, count, 0 * count, chunk_tokens=C, prior_strength=1.0, normalise=normalise
+    )
     leaves = tree(
         weight_BxT=weights.weight_BxT,
-        anchor_weight_BxT=weights.anchor_weight_BxT,
+        anchor_weight_BxT=arms.anchor_weights(
+            MASK,
+            ANCHORS,
+            weights.targets.is_audited_BxM,
+            chunk_tokens=C,
+            anchor_weight=0.1,
+            anchor_tokens=anchor_tokens,
+            denominator=arms.batch_denominator(MASK, normalise=normalise),
+        ),
         branch_weight_BxRxC=np.zeros((B, 0, C), np.float32),
     )
     through_the_tree = tree_loss(LOGPROB, np.zeros((B, 0, C), np.float32), KL, leaves)
@@ -185,7 +195,7 @@ def test_a_teacher_that_agrees_raises_the_chunk_and_one_that_never_does_only_the
         prior = chunk_prior(values, anchors, chunk_tokens=2)
         weights = arms.verify(
             np.ones((1, 2), bool), anchors, prior, np.full((1, 1), agrees * count), np.full((1, 1), count),
-            np.full((1, 1), 1.0), chunk_tokens=2, prior_strength=strength, anchor_weight=0.0,
+            np.full((1, 1), 1.0), chunk_tokens=2, prior_strength=strength,
         )  # fmt: skip
         return -jnp.sum(weights.weight_BxT * values), weights
 
