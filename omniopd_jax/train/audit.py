@@ -12,10 +12,11 @@ import numpy as np
 
 from omniopd_jax.teacher.protocol import Teacher
 from omniopd_jax.teacher.verify import verify
-from omniopd_jax.train import distributed, pipeline
+from omniopd_jax.train import distributed, pipeline, tally
 from omniopd_jax.train.credit import Evidence
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts
+from omniopd_jax.train.tally import Tally
 from omniopd_jax.types import Anchors, PromptBatch, Verdicts
 
 if TYPE_CHECKING:
@@ -27,40 +28,7 @@ class Audit(NamedTuple):
 
     verdicts: Verdicts
     records: list[dict[str, Any]]  # one a chunk asked about, by row
-    asked: dict[str, float]  # metrics
-
-
-# How the metrics of parts make those of the whole: counts add up, a mean is weighted with what it is a mean over.
-_COUNTS = (
-    "audit/chunks",
-    "audit/moved_cuts",
-    "audit/dropped_cuts",
-    "teacher/requested",
-    "teacher/received",
-    "teacher/cached",
-    "teacher/calls",
-    "teacher/prompt_tokens",
-    "teacher/completion_tokens",
-    "teacher/tokens",
-    "teacher/dollars",
-    "teacher/used_calls",
-    "teacher/used_prompt_tokens",
-    "teacher/used_completion_tokens",
-)
-_LEDGER = "teacher/total_dollars"  # each process's own ledger, at the end of the part
-_SECONDS = ("teacher/seconds", "audit/similarity_seconds")
-_MEAN_OVER = {
-    "audit/score_mean": "received",
-    "audit/ended_share": "received",
-    "audit/short_share": "received",
-    "teacher/missing_share": "requested",
-    "teacher/refused_share": "requested",
-    "teacher/latency_seconds": "chunks",
-    "audit/branch_distinct_share": "chunks",
-    "audit/identical_share": "several",
-    "audit/agreement_mean": "several",
-    "audit/branch_score_mean": "answered",
-}
+    asked: Tally
 
 
 def audit(
@@ -126,7 +94,7 @@ def ask(experiment: Experiment, part: Evidence, teacher: Teacher, step: int) -> 
     batch, rollout, anchors = part.batch, part.rollout, part.anchors
     assert rollout is not None
     assert anchors is not None
-    verdicts, records, asked = verify(
+    verdicts, records, metrics = verify(
         batch,
         rollout,
         _only(anchors, distributed.share(len(batch.prompts))),
@@ -138,9 +106,13 @@ def ask(experiment: Experiment, part: Evidence, teacher: Teacher, step: int) -> 
         seed=experiment.config.train.seed,
         step=step,
     )
-    paid = getattr(experiment.teacher, "paid", None)
-    if paid is not None:
-        asked[_LEDGER] = paid.dollars
+    asked = tally.taken(
+        metrics,
+        experiment.teacher,
+        requests=int(metrics["audit/chunks"]),
+        several=int((verdicts.count_BxM > 1).sum()),
+        answered=int((verdicts.count_BxM > 0).sum()),
+    )
     return Audit(verdicts, records, asked)
 
 
@@ -162,7 +134,7 @@ def united(parts: Sequence[Audit]) -> Audit:
         verdicts=Verdicts(**verdicts),
         # stable: the chunks of a response stay in their order
         records=sorted((record for part in parts for record in part.records), key=lambda record: record["response"]),
-        asked=_metrics(parts, seconds=max, ledger=sum),
+        asked=tally.at_once([part.asked for part in parts]),
     )
 
 
@@ -178,7 +150,7 @@ def joined(parts: Sequence[Audit]) -> Audit:
     return Audit(
         verdicts=Verdicts(**verdicts),
         records=records,
-        asked=_metrics(parts, seconds=sum, ledger=max),
+        asked=tally.in_turn([part.asked for part in parts]),
     )
 
 
@@ -207,31 +179,3 @@ def whole(parts: Sequence[Evidence], batch: PromptBatch) -> Evidence:
 def _arrays(parts: Sequence[Audit]) -> list[dict[str, np.ndarray | None]]:
     names = [field.name for field in dataclasses.fields(Verdicts)]
     return [{name: getattr(part.verdicts, name) for name in names} for part in parts]
-
-
-def _metrics(parts: Sequence[Audit], *, seconds: Any, ledger: Any) -> dict[str, float]:
-    """Metrics of the whole; a mean over nothing is left out."""
-    merged = {}
-    for name in dict.fromkeys(name for part in parts for name in part.asked):
-        values = [part.asked[name] for part in parts if name in part.asked]
-        if name in _COUNTS:
-            merged[name] = float(sum(values))
-        elif name in _SECONDS:
-            merged[name] = float(seconds(values))
-        elif name == _LEDGER:
-            merged[name] = float(ledger(values))
-        else:
-            weights = [_weights(part)[_MEAN_OVER[name]] for part in parts if name in part.asked]
-            merged[name] = float(np.average(values, weights=weights))
-    return merged
-
-
-def _weights(part: Audit) -> dict[str, float]:
-    count_BxM = part.verdicts.count_BxM
-    return {
-        "received": part.asked["teacher/received"],
-        "requested": part.asked["teacher/requested"],
-        "chunks": part.asked["audit/chunks"],
-        "several": float((count_BxM > 1).sum()),
-        "answered": float((count_BxM > 0).sum()),
-    }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax.train import batching
-from omniopd_jax.train.answers import answers_of, merged
+from omniopd_jax.train import batching, tally
+from omniopd_jax.train.answers import answers_of
 from omniopd_jax.train.audit import audit, rows_of, whole
 from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
 from omniopd_jax.train.experiment import Experiment
@@ -49,18 +49,18 @@ def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interr
     parts = (_respond(experiment, Evidence(part), index, clock) for part in rows_of(evidence.batch, count))
     audits, asked = [], []
     if needs.chunks:
-        sampled, (verdicts, audits, metrics) = audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)
-        evidence, asked = whole(sampled, evidence.batch)._replace(verdicts=verdicts), [metrics]
+        sampled, (verdicts, audits, of_chunks) = audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)
+        evidence, asked = whole(sampled, evidence.batch)._replace(verdicts=verdicts), [of_chunks]
     elif needs.responses:
         evidence = next(parts)
     with clock.phase("audit"):
         if needs.answers:
-            answers, metrics = answers_of(experiment, evidence.batch, step=step, interrupts=interrupts)
-            evidence, asked = evidence._replace(answers=answers), [*asked, metrics]
+            answers, of_answers = answers_of(experiment, evidence.batch, step=step, interrupts=interrupts)
+            evidence, asked = evidence._replace(answers=answers), [*asked, of_answers]
         if needs.reward:
             evidence = evidence._replace(reward_B=_rewards(experiment, evidence))
         credit = give_credit(config, evidence, step)
-    return Observation(evidence, credit, _complete(audits, credit), merged(asked))
+    return Observation(evidence, credit, _complete(audits, credit), tally.in_turn(asked).metrics)
 
 
 def _respond(experiment: Experiment, evidence: Evidence, index: int, clock: Clock) -> Evidence:

@@ -12,7 +12,7 @@ import pytest
 from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.protocol import Continuation, TeacherStopped
 from omniopd_jax.teacher.scripted import ScriptedTeacher
-from omniopd_jax.train import audit, loop, pipeline
+from omniopd_jax.train import loop, pipeline, tally
 from omniopd_jax.train.metrics import read_lines
 from omniopd_jax.train.pipeline import overlapped
 from omniopd_jax.train.stops import Interrupted
@@ -193,7 +193,7 @@ def _when(condition):
 def test_every_metric_of_an_audit_says_how_parts_make_a_whole(side_by_side):
     """A name that this table does not know would stop a run of several processes."""
     workdir, _, _ = side_by_side
-    known = {*audit._COUNTS, *audit._SECONDS, *audit._MEAN_OVER, audit._LEDGER}
+    known = {*tally._COUNTS, *tally._SECONDS, *tally._MEAN_OVER, tally._LEDGER}
     line = read_lines(workdir / "metrics.jsonl")[0]
     totals = {name for name in line if name.startswith("teacher/total_")}
     of_the_arm = {"audit/fraction", "audit/audited", "audit/entropy", "audit/prior", "audit/target", "audit/advantage"}
