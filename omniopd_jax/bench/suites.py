@@ -6,7 +6,6 @@ The shapes and bars are those of docs/benchmarks.md; flags replace them for othe
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from omniopd_jax.bench import shapes
 from omniopd_jax.bench.contest import Contest, Entrant
+from omniopd_jax.train.cache_home import cache_home
 from omniopd_jax.types import InputError
 
 
@@ -260,5 +260,4 @@ def contests(suite: str, options: Options) -> Iterator[Contest]:
 
 def cache_folder() -> Path:
     """Where rivals' environments and checkpoints are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "omniopd_jax" / "bench"
+    return cache_home() / "bench"

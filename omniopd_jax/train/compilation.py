@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import jax
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
+
+from omniopd_jax.train.cache_home import cache_home
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -20,8 +21,7 @@ def cache_folder(setting: str) -> Path | None:
         return None
     if setting != "auto":
         return Path(setting).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "omniopd_jax" / "compiled"
+    return cache_home() / "compiled"
 
 
 def set_up_cache(setting: str) -> Path | None:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from omniopd_jax.train.cache_home import cache_home
 from omniopd_jax.train.stops import WorkdirError
 
 CHECKPOINTS = "checkpoints"
@@ -40,8 +41,7 @@ class Mirror:
             self.local = Path(workdir)
             return
         name = hashlib.sha256(self._address.encode()).hexdigest()[:16]
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        self.local = Path(home) / "omniopd_jax" / "workdirs" / f"{name}-{jax.process_index()}"
+        self.local = cache_home() / "workdirs" / f"{name}-{jax.process_index()}"
 
     @property
     def checkpoints(self) -> Any:
