@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import command, sections
+from experiments.screen import Screen
 from omniopd_jax.config import to_dict
 
 _CONFIG = command.define_config()
@@ -25,7 +26,7 @@ def main() -> None:
     root = command.workdir(_WORKDIR.value, "runs/align")
     path = Path(_RESULTS.value or root / "alignment.md")
     rows: list[alignment_table.Row] = []
-    with command.bars() as bar:
+    with Screen() as bar:
         for row in alignment_table.measure_all(common, plan, root, progress=bar):
             rows.append(row)
             alignment_table.write(rows, path)  # whatever ends this early, what is measured is there to be read

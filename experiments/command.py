@@ -1,8 +1,4 @@
-"""What every main shares: flags that fail in one sentence, and exit codes.
-
-0 done · 1 out of memory · 2 bad input · 3 the teacher stopped · 4 a budget is spent · 5 not finite · 6 checkpoint
-130 Ctrl-C · 143 SIGTERM
-"""
+"""What every main shares: flags that fail in one sentence, and exit codes (`help.EXIT_CODES`)."""
 
 from __future__ import annotations
 
@@ -19,7 +15,6 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
-from experiments.screen import RunWatch, Screen
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
 
@@ -28,9 +23,6 @@ _OUT_OF_MEMORY = (
     "rollout.slots (those decoded at once) or eval.batch_size, set train.remat=full, or spread the model with "
     "mesh.fsdp."
 )
-
-Bar = Screen  # call it with (name, done, total)
-
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several; empty: what the cluster says, if any; auto; off."
@@ -80,16 +72,6 @@ def write_report(folder: Path) -> Path:
     from omniopd_jax import report
 
     return report.write_report(folder, defaults=base.get_config().to_dict())
-
-
-def bars() -> Screen:
-    """Progress bars one after the other: `with bars() as bar: bar(name, done, total)`; a new name starts a new bar."""
-    return Screen()
-
-
-def step_progress(bar: Screen, name: str, config: Config) -> RunWatch:
-    """The loop's progress: a bar with the phases of the step below it."""
-    return RunWatch(bar, name, config)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 from absl import flags
 
 from experiments import command
+from experiments.screen import Screen
 from omniopd_jax.config import DataConfig, read_data
 from omniopd_jax.types import InputError
 
@@ -76,7 +77,7 @@ def main() -> None:
         raise InputError(f"--k={_K.value} needs --samples={_K.value} or more, got --samples={_SAMPLES.value}.")
     judge = get_judge(_TASK.value, prompts, sandbox=_SANDBOX.value, allow_unsandboxed=_UNSANDBOXED.value)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    with opened(_OUT.value) as lines, command.bars() as bar:
+    with opened(_OUT.value) as lines, Screen() as bar:
         result = evaluate(
             model, tokenizer, prompts, judge,
             temperature=_TEMPERATURE.value, max_new_tokens=_TOKENS.value, batch_size=_BATCH.value,

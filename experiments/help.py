@@ -17,7 +17,7 @@ _TERMS = (
     ("similarity", "of two texts, 0 to 1; against the continuations it is what is learned from"),
     ("anchor", "the KL to the base model that holds the student near where it began"),
 )
-_CODES = (
+EXIT_CODES = (
     "0 done, 1 out of memory or a bug, 2 bad input, 3 the teacher stopped, 4 a budget is spent, 5 a number is not "
     "finite, 6 a checkpoint cannot be written or read, 130 Ctrl-C, 143 SIGTERM"
 )
@@ -44,7 +44,7 @@ def help_text() -> str:
     if "config" in flags.FLAGS:
         parts.append("Words\n" + "\n".join(_entry(word, meaning, None) for word, meaning in _TERMS))
         parts.append("Settings, with their defaults (configs/base.py)\n" + "\n".join(setting_lines()))
-    parts.append(textwrap.fill("Exit codes: " + _CODES, 120, subsequent_indent="  "))
+    parts.append(textwrap.fill("Exit codes: " + EXIT_CODES, 120, subsequent_indent="  "))
     return "\n\n".join(parts)
 
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from configs import quickstart as configs
 from experiments import command
+from experiments.screen import RunWatch, Screen
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
 
@@ -34,7 +35,7 @@ def main() -> None:
     from omniopd_jax.train import loop
     from omniopd_jax.train.small_world import build_world
 
-    with command.bars() as bar:
+    with Screen() as bar:
         build_world(world, Path(world.path), progress=lambda name, done, total: bar(f"train the {name}", done, total))
         before, variety_before = _measure(settings["recommended"], Path(world.path) / "student", "before", bar)
         results = {}
@@ -42,7 +43,7 @@ def main() -> None:
         for name in ("recommended", "published"):
             config = _config(name, workdir, max_teacher_tokens=tokens)
             folder = workdir / name
-            done = loop.run(config, folder, progress=command.step_progress(bar, f"distil: {name}", config))
+            done = loop.run(config, folder, progress=RunWatch(bar, f"distil: {name}", config))
             tokens = tokens or done.teacher_tokens
             after, variety = _measure(config, done.model_path, name, bar)
             results[name] = dict(
@@ -92,7 +93,7 @@ def _seconds(folder: Path) -> float:
     return round(sum(json.loads(line)["time/step_s"] for line in lines), 1)
 
 
-def _measure(config: Config, folder: Path, name: str, bar: command.Bar) -> tuple[dict, float]:
+def _measure(config: Config, folder: Path, name: str, bar: Screen) -> tuple[dict, float]:
     """({greedy, temperature_1}, effective number of phrasings at temperature 1) of a model folder."""
     from omniopd_jax.data import load_tokenizer, read_prompts
     from omniopd_jax.models import load_model

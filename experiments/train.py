@@ -9,6 +9,7 @@ Running the same command again resumes the run.
 from absl import flags
 
 from experiments import command
+from experiments.screen import RunWatch, Screen
 from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 
 _CONFIG = command.define_config()
@@ -26,8 +27,8 @@ def main() -> None:
     from omniopd_jax.train import distributed, loop
 
     workdir = command.workdir(_WORKDIR.value, "")
-    with command.bars() as bar:
-        result = loop.run(config, workdir, progress=command.step_progress(bar, "distil", config))
+    with Screen() as bar:
+        result = loop.run(config, workdir, progress=RunWatch(bar, "distil", config))
 
     def conclude() -> None:
         print(result)
