@@ -1,7 +1,7 @@
 """Small worlds: generated problems with written-out solutions, a dial for wording and dials for mistakes.
 
 `get_world(kind)` gives one. A world is a module with the names of `World`; what worlds share lies in `answers` (right
-or wrong), `wording` (variety) and `tokenizers`.
+or wrong), `drawing` (problems at random), `wording` and `tokenizers`.
 """
 
 from __future__ import annotations

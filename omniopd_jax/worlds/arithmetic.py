@@ -15,13 +15,12 @@ Everything is a function of a seed.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 
 import numpy as np
 
 from omniopd_jax.types import Message, Prompt
-from omniopd_jax.worlds import tokenizers
+from omniopd_jax.worlds import drawing, tokenizers, wording
 
 PHRASINGS = (
     "add {a} and {b} with {c} gives {tens} {ones} ;",
@@ -62,17 +61,12 @@ def problems(rng: np.random.Generator, count: int, size: int, *, exclude: Iterab
     Raises:
       ValueError: fewer problems than `count` exist.
     """
-    seen = set(exclude)
-    if count > num_problems(size) - len(seen):
-        raise ValueError(f"{count} problems of {size} digits are not to be had: {num_problems(size)} exist.")
-    chosen: list[Problem] = []
-    while len(chosen) < count:
-        for left, right in rng.integers(0, 10**size, size=(count, 2)).tolist():
-            problem = Problem(left, right, size)
-            if problem not in seen and len(chosen) < count:
-                seen.add(problem)
-                chosen.append(problem)
-    return chosen
+
+    def draw() -> list[Problem]:
+        return [Problem(left, right, size) for left, right in rng.integers(0, 10**size, size=(count, 2)).tolist()]
+
+    what = f"problems of {size} digits"
+    return drawing.distinct(draw, count, exist=num_problems(size), what=what, exclude=exclude)
 
 
 def solution(
@@ -111,8 +105,7 @@ def solution(
 
 def vocabulary() -> list[str]:
     """Every word of the world, the special ones first."""
-    words = {word for phrasing in PHRASINGS for word in re.sub(r"\{\w+\}", " ", phrasing).split()}
-    return [*tokenizers.SPECIAL, *"0123456789", "+", "=", "answer", *sorted(words)]
+    return [*tokenizers.SPECIAL, *"0123456789", "+", "=", "answer", *wording.fixed_words(PHRASINGS)]
 
 
 def save_tokenizer(path: str, kind: str = "words") -> None:

@@ -13,13 +13,12 @@ some probability and goes on consistently from there; a *slip* writes the next l
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 
 import numpy as np
 
 from omniopd_jax.types import Message, Prompt
-from omniopd_jax.worlds import tokenizers
+from omniopd_jax.worlds import drawing, tokenizers, wording
 
 LETTERS = "abcdefg"
 PHRASINGS = (
@@ -67,17 +66,12 @@ def problems(rng: np.random.Generator, count: int, size: int, *, exclude: Iterab
     Raises:
       ValueError: fewer words than `count` exist.
     """
-    seen = set(exclude)
-    if count > num_problems(size) - len(seen):
-        raise ValueError(f"{count} words of {size} letters are not to be had: {num_problems(size)} exist.")
-    chosen: list[Problem] = []
-    while len(chosen) < count:
-        for word in rng.integers(0, len(LETTERS), size=(count, size)).tolist():
-            problem = Problem(tuple(word))
-            if problem not in seen and len(chosen) < count:
-                seen.add(problem)
-                chosen.append(problem)
-    return chosen
+
+    def draw() -> list[Problem]:
+        return [Problem(tuple(word)) for word in rng.integers(0, len(LETTERS), size=(count, size)).tolist()]
+
+    what = f"words of {size} letters"
+    return drawing.distinct(draw, count, exist=num_problems(size), what=what, exclude=exclude)
 
 
 def solution(
@@ -113,8 +107,7 @@ def solution(
 
 def vocabulary() -> list[str]:
     """Every word of the world, the special ones first."""
-    words = {word for phrasing in PHRASINGS for word in re.sub(r"\{\w+\}", " ", phrasing).split()}
-    return [*tokenizers.SPECIAL, *LETTERS, "=", "answer", *sorted(words)]
+    return [*tokenizers.SPECIAL, *LETTERS, "=", "answer", *wording.fixed_words(PHRASINGS)]
 
 
 def save_tokenizer(path: str, kind: str = "words") -> None:

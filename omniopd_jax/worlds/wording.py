@@ -1,11 +1,17 @@
-"""How varied the wording of solutions is."""
+"""The wording of solutions: its words, and how varied it is."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+
+def fixed_words(phrasings: Iterable[str]) -> list[str]:
+    """The words of phrasings, in order; what stands in braces is filled in later and is none."""
+    return sorted({word for phrasing in phrasings for word in re.sub(r"\{\w+\}", " ", phrasing).split()})
 
 
 def phrasing_counts(responses: Iterable[str], marks: Sequence[str]) -> np.ndarray:
