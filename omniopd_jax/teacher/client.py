@@ -6,31 +6,28 @@ Inside runs one event loop on a thread of its own; outside, `continue_texts` sub
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
 import dataclasses
 import json
 import random
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import logging
 
 from omniopd_jax.config import TeacherConfig
-from omniopd_jax.teacher.budget import CHARACTERS_A_TOKEN, Budget
-from omniopd_jax.teacher.cache import Cache, Row, sample_keys
+from omniopd_jax.teacher.budget import Budget
+from omniopd_jax.teacher.cache import Cache, Row
+from omniopd_jax.teacher.caller import Caller
 from omniopd_jax.teacher.capabilities import Capability
-from omniopd_jax.teacher.dialect import Dialect, Mode, Reply
-from omniopd_jax.teacher.limits import Gate, RateLimit
-from omniopd_jax.teacher.modes import align, begun_text
+from omniopd_jax.teacher.dialect import Dialect, Reply
+from omniopd_jax.teacher.jobs import Job, Step, waves
 from omniopd_jax.teacher.probe import PROBE_TOKENS, Finding, find_manner
 from omniopd_jax.teacher.protocol import (
     Activity,
-    BudgetExhausted,
-    Continuation,
     ContinuationRequest,
     ContinuationResult,
     TeacherStopped,
@@ -44,7 +41,6 @@ _PROBE_ATTEMPTS = 3  # a teacher that is down at the start is told within second
 _PROBE_CAP_S = 2.0
 _PROBE_TIMEOUT_S = 60.0
 _SEED_STRIDE = 0x9E3779B1  # odd: seeds of one request's samples differ
-_THOUGHT_TOKENS = 4  # an empty text that took more was thought away, not ended at once
 _Result = TypeVar("_Result")
 
 
@@ -90,14 +86,8 @@ class ApiTeacher:
         self._is_raw = is_raw
         self._rng = random.Random(run_seed)
         self._finding: Finding | None = None
-        self._last_success = 0.0  # time.monotonic()
-        self._last_failure = ""
-        self._characters_seen = self._tokens_seen = 0
-        self._num_failed = 0  # attempts
-        self._step: _Step | None = None  # the one that is running
-        self._gate = Gate(config.max_concurrency)
-        self._requests = RateLimit(config.requests_per_minute)
-        self._tokens = RateLimit(config.tokens_per_minute)
+        self._step: Step | None = None  # the one that is running
+        self._caller = Caller(dialect, config, budget, redact)
         self._running: set[concurrent.futures.Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
@@ -151,7 +141,7 @@ class ApiTeacher:
             wanted=sum(len(job.keys) for job in jobs),
             arrived=sum(len(job.rows) for job in jobs),
             in_flight=self._budget.in_flight,
-            failed=self._num_failed,
+            failed=self._caller.num_failed,
             spent=self._budget.spent,
         )
 
@@ -207,7 +197,7 @@ class ApiTeacher:
             attempt = 1
             while True:
                 try:
-                    return (await self._attempt(body, n, seed, n * PROBE_TOKENS, timeout_s))[0]
+                    return (await self._caller.attempt(body, n, seed, n * PROBE_TOKENS, timeout_s))[0]
                 except CallFailed as failure:
                     waits = policy.wait_s(attempt, failure.retry_after_s, self._rng)
                     if failure.action != "retry" or attempt >= policy.max_attempts or waits > timeout_s:
@@ -230,7 +220,7 @@ class ApiTeacher:
 
     async def _continue(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
         assert self._finding is not None
-        self._step = step = _Step(self._finding, time.monotonic())
+        self._step = step = Step(self._finding, time.monotonic())
         jobs = [step.job(request, self._dialect, self.name) for request in requests]
         await self._fill_from_cache(step)
         if self._config.replay_only:
@@ -245,7 +235,7 @@ class ApiTeacher:
         self._step = None
         return results
 
-    async def _fill_from_cache(self, step: _Step) -> None:
+    async def _fill_from_cache(self, step: Step) -> None:
         if self._cache is None:
             return
         keys = [key for job in step.jobs.values() for key in job.keys]
@@ -256,7 +246,7 @@ class ApiTeacher:
                     job.rows[index] = kept[key]
             job.num_cached = len(job.rows)
 
-    def _check_replay(self, step: _Step) -> None:
+    def _check_replay(self, step: Step) -> None:
         missing = sum(len(job.keys) - len(job.rows) for job in step.jobs.values())
         if missing:
             total = sum(len(job.keys) for job in step.jobs.values())
@@ -265,9 +255,9 @@ class ApiTeacher:
                 "run asks other questions than the one that filled it (other seed, model, data or sampling settings)."
             )
 
-    async def _call_all(self, step: _Step) -> None:
+    async def _call_all(self, step: Step) -> None:
         tasks = []
-        for job in _waves(list(step.jobs.values())):
+        for job in waves(list(step.jobs.values())):
             wanted = [index for index in range(len(job.keys)) if index not in job.rows]
             size = step.finding.manner.max_n
             for start in range(0, len(wanted), size):
@@ -293,10 +283,10 @@ class ApiTeacher:
         if not any(job.rows for job in step.jobs.values()):
             raise TeacherStopped(
                 f"{self.name}: not one continuation arrived within {time.monotonic() - step.start:.1f} s "
-                f"({self._last_failure or 'no answer'})."
+                f"({self._caller.last_failure or 'no answer'})."
             )
 
-    async def _fetch(self, step: _Step, job: _Job, wanted: list[int]) -> None:
+    async def _fetch(self, step: Step, job: Job, wanted: list[int]) -> None:
         """Attempts until the wanted samples are here and kept, the attempts are used up, or the step stops."""
         manner = step.finding.manner
         began = time.monotonic()
@@ -306,7 +296,7 @@ class ApiTeacher:
             seed = (job.request.seed + wanted[0] * _SEED_STRIDE) & 0x7FFFFFFF if manner.seed else None
             try:
                 tokens = len(wanted) * job.request.max_tokens
-                reply, cost = await self._attempt(
+                reply, cost = await self._caller.attempt(
                     job.body, len(wanted), seed, tokens, self._config.request_timeout_s, step=step, job=job
                 )
                 if step.finding.answered != reply.model:
@@ -321,7 +311,7 @@ class ApiTeacher:
                     return
                 wait_s = self._policy.wait_s(attempt, failure.retry_after_s, self._rng)
                 if failure.retry_after_s is not None:
-                    self._gate.pause(failure.retry_after_s)
+                    self._caller.pause(failure.retry_after_s)
             except TeacherStopped as stopped:
                 step.stop(stopped)
                 return
@@ -330,91 +320,22 @@ class ApiTeacher:
                 if not wanted:
                     return
                 step.failures["fewer_samples"] += 1
-                self._last_failure = "fewer samples came back than were asked for"
+                self._caller.last_failure = "fewer samples came back than were asked for"
                 wait_s = self._policy.wait_s(attempt, None, self._rng)
             if step.stopped is not None:
                 return
             if attempt < self._policy.max_attempts:
                 step.in_flight.discard(asyncio.current_task())
                 await asyncio.sleep(wait_s)
-        if self._last_success < began and not step.stopped:
+        if self._caller.last_success < began and not step.stopped:
             step.stop(
                 TeacherStopped(
                     f"{self.name} is down: no call succeeded for {time.monotonic() - began:.1f} s and "
-                    f"{self._policy.max_attempts} attempts ({self._last_failure})."
+                    f"{self._policy.max_attempts} attempts ({self._caller.last_failure})."
                 )
             )
 
-    async def _attempt(
-        self,
-        body: Mapping[str, Any],
-        n: int,
-        seed: int | None,
-        max_completion_tokens: int,
-        timeout_s: float,
-        *,
-        step: _Step | None = None,
-        job: _Job | None = None,
-    ) -> tuple[Reply, Usage]:
-        """One call within all limits; its cost is settled whatever happens.
-
-        Raises:
-          CallFailed: with a message free of secrets.
-          TeacherStopped: the step stopped while this call waited its turn, or the budget is exhausted.
-        """
-        characters = _characters(body)
-        prompt_tokens = characters * self._tokens_a_character() + 16
-        async with self._gate:
-            await self._requests.take(1)
-            await self._tokens.take(prompt_tokens + max_completion_tokens)
-            if step is not None and step.stopped is not None:
-                raise step.stopped
-            reserved = await self._budget.reserve(prompt_tokens, max_completion_tokens)
-            if step is not None:
-                step.in_flight.add(asyncio.current_task())
-            start = time.monotonic()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    reply = await self._dialect.call(body, n=n, seed=seed)
-            except (TimeoutError, CallFailed) as error:
-                failure = error
-                if not isinstance(failure, CallFailed):
-                    failure = CallFailed("retry", "timeout", f"no answer within {timeout_s:g} s", is_charged=True)
-                cost = self._budget.settle(
-                    reserved, status=failure.reason, is_assumed=failure.is_charged, latency_s=time.monotonic() - start
-                )
-                self._num_failed += 1
-                self._last_failure = self._redact(str(failure))
-                if job is not None:
-                    job.usage += dataclasses.replace(cost, prompt_tokens=0, completion_tokens=0)
-                failure.args = (self._last_failure,)
-                raise failure from None
-            except BaseException:  # cancelled at the deadline, or a bug: the call may have been billed
-                cost = self._budget.settle(
-                    reserved, status="cancelled", is_assumed=True, latency_s=time.monotonic() - start
-                )
-                if job is not None:
-                    job.usage += dataclasses.replace(cost, prompt_tokens=0, completion_tokens=0)
-                raise
-            cost = self._budget.settle(
-                reserved,
-                status="ok",
-                prompt_tokens=reply.prompt_tokens,
-                completion_tokens=reply.completion_tokens,
-                num_samples=len(reply.samples),
-                latency_s=time.monotonic() - start,
-            )
-        self._last_success = time.monotonic()
-        self._gate.succeeded()
-        spare = prompt_tokens + max_completion_tokens - reply.prompt_tokens - reply.completion_tokens
-        self._tokens.give_back(spare)
-        self._characters_seen += characters
-        self._tokens_seen += reply.prompt_tokens
-        if job is not None:
-            job.usage += cost
-        return reply, cost
-
-    async def _keep(self, step: _Step, job: _Job, wanted: list[int], reply: Reply, cost: Usage) -> list[int]:
+    async def _keep(self, step: Step, job: Job, wanted: list[int], reply: Reply, cost: Usage) -> list[int]:
         """Puts what arrived on disk, then into the job; returns the sample numbers still wanted."""
         got = list(zip(wanted, reply.samples, strict=False))
         created = time.time()  # one for all samples of a call, by which they are known as such
@@ -442,141 +363,20 @@ class ApiTeacher:
         job.latency_s = time.monotonic() - step.start
         return wanted[len(got) :]
 
-    def _tokens_a_character(self) -> float:
-        if self._tokens_seen == 0:
-            return 1.0 / CHARACTERS_A_TOKEN
-        return 1.25 * self._tokens_seen / self._characters_seen  # prefixes differ; a little above their mean
-
     def _other_model(self, before: str, after: str) -> TeacherStopped:
         return TeacherStopped(
             f"{self.name} answered as {before!r} at the start and answers as {after!r} now: that is another teacher. "
             "Start a new run with it, or ask for a model by its dated name."
         )
 
-    def _log(self, step: _Step, num_late: int) -> None:
+    def _log(self, step: Step, num_late: int) -> None:
         if step.failures:
             counts = ", ".join(f"{reason} ×{count}" for reason, count in step.failures.most_common())
-            logging.warning("%s: failed attempts in this step: %s. Last: %s", self.name, counts, self._last_failure)
+            logging.warning(
+                "%s: failed attempts in this step: %s. Last: %s", self.name, counts, self._caller.last_failure
+            )
         if num_late:
             logging.warning(
                 "%s: %d calls were not answered within config.teacher.step_deadline_s=%g: continuations are missing.",
                 self.name, num_late, self._config.step_deadline_s,
             )  # fmt: skip
-
-
-@dataclasses.dataclass
-class _Job:
-    """One request on its way."""
-
-    request: ContinuationRequest
-    body: Mapping[str, Any]
-    keys: list[str]  # one a sample
-    rows: dict[int, Row] = dataclasses.field(default_factory=dict)  # by sample number
-    usage: Usage = dataclasses.field(default_factory=Usage)
-    num_cached: int = 0
-    latency_s: float = 0.0
-
-    def result(self, mode: Mode, *, is_repeat: bool) -> ContinuationResult:
-        """What the caller gets; a request that stands twice in one step pays once."""
-        begun = begun_text(self.request)
-        continuations, num_refused = [], 0
-        for index in sorted(self.rows):
-            continuation = _continuation(self.rows[index], begun, mode)
-            if continuation is not None:
-                continuations.append(continuation)
-            num_refused += self.rows[index].finish == "refused"
-        return ContinuationResult(
-            continuations=tuple(continuations),
-            num_missing=len(self.keys) - len(continuations),
-            num_refused=num_refused,
-            num_cached=len(continuations) if is_repeat else min(self.num_cached, len(continuations)),
-            model=next((row.model for row in self.rows.values()), ""),
-            usage=Usage() if is_repeat else self.usage,
-            used=Usage() if is_repeat else _behind(self.rows.values()),
-            latency_s=self.latency_s,
-        )
-
-
-def _behind(rows: Iterable[Row]) -> Usage:
-    """What samples cost when they were paid for, now or by an earlier run."""
-    rows = list(rows)
-    return Usage(
-        prompt_tokens=round(sum(row.prompt_tokens for row in rows)),
-        completion_tokens=round(sum(row.completion_tokens for row in rows)),
-        calls=len({row.created for row in rows}),
-    )
-
-
-class _Step:
-    """The jobs of one `continue_texts` and what ended it early."""
-
-    def __init__(self, finding: Finding, start: float):
-        self.finding = finding
-        self.start = start
-        self.jobs: dict[str, _Job] = {}  # by the last sample's key: equal requests are one job
-        self.stopped: TeacherStopped | None = None
-        self.tasks: Sequence[asyncio.Task[None]] = ()
-        self.in_flight: set[asyncio.Task[Any] | None] = set()  # tasks whose call is sent and may be billed
-        self.failures: collections.Counter[str] = collections.Counter()
-
-    def job(self, request: ContinuationRequest, dialect: Dialect, teacher: str) -> _Job:
-        try:
-            body = dialect.body(request, self.finding.manner)
-        except ValueError as error:
-            raise TeacherStopped(str(error)) from None
-        mode = self.finding.manner.mode
-        keys = sample_keys(teacher, self.finding.answered, mode, body, request.seed, request.n)
-        return self.jobs.setdefault(keys[-1], _Job(request, body, keys))
-
-    def stop(self, error: TeacherStopped) -> None:
-        """The first reason counts, but that the budget is spent goes before others.
-
-        Whoever waits (for another attempt, its turn, a rate or the budget) is cancelled; what is in flight goes on.
-        """
-        if self.stopped is None or isinstance(error, BudgetExhausted):
-            self.stopped = error
-        for task in self.tasks:
-            if task not in self.in_flight and task is not asyncio.current_task():
-                task.cancel()
-
-
-def _continuation(row: Row, begun: str, mode: Mode) -> Continuation | None:
-    """The usable text of a row, or None. An empty text counts only where the teacher ended its answer at once."""
-    if row.finish not in ("stop", "length"):
-        return None
-    text = align(begun, row.text, mode)
-    if not text:
-        is_ended = row.finish == "stop" and mode != "instruct" and row.completion_tokens <= _THOUGHT_TOKENS
-        return Continuation("", "stop") if is_ended else None
-    return Continuation(text, "stop" if row.finish == "stop" else "length")
-
-
-def _waves(jobs: Sequence[_Job]) -> list[_Job]:
-    """First the shortest prefix of every response, then the next one of each: a server's prefix cache has the earlier
-    prefix by the time the longer one comes, and responses still run side by side."""
-    chains: dict[Any, list[list[Any]]] = {}  # prompt → its responses so far: [last prefix, length]
-    ranks = []
-    for job in jobs:
-        responses = chains.setdefault(job.request.messages, [])
-        for response in responses:
-            if job.request.prefix.startswith(response[0]) and job.request.prefix != response[0]:
-                response[0] = job.request.prefix
-                response[1] += 1
-                ranks.append(response[1])
-                break
-        else:
-            responses.append([job.request.prefix, 0])
-            ranks.append(0)
-    order = sorted(range(len(jobs)), key=lambda index: ranks[index])  # stable
-    return [jobs[index] for index in order]
-
-
-def _characters(value: Any) -> int:
-    """Characters of all texts in a body."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(_characters(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_characters(item) for item in value)
-    return 0
