@@ -145,11 +145,6 @@ class JsonLines:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file of JSON objects."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def _drop_later_lines(path: Path, after_step: int) -> None:
     kept, dropped = [], 0
     lines = path.read_bytes().splitlines(keepends=True)

@@ -14,10 +14,10 @@ from omniopd_jax.eval.verdict import Verdict
 from omniopd_jax.teacher.local import LocalTeacher
 from omniopd_jax.teacher.scripted import scripted_teacher
 from omniopd_jax.train import experiment, loop
-from omniopd_jax.train.metrics import meaning, read_lines
+from omniopd_jax.train.metrics import meaning
 from omniopd_jax.train.teachers import initial_student
 from tests.tiny_tokenizers import save_byte_level
-from tests.train.conftest import tiny_model
+from tests.train.conftest import read_lines, tiny_model
 
 GRPO = {"rollout.samples_per_prompt": 4, "objective.normalise": "response", "train.updates_per_batch": 2}
 RUNS = {

@@ -1,5 +1,9 @@
 """One tiny world for the room: a word-level tokenizer, a student of a few thousand parameters, a config."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -49,6 +53,11 @@ def tiny_config(**overrides: object) -> Config:
     config.train.update(steps=6, checkpoint_every=3, compilation_cache="off")
     config.update_from_flattened_dict(overrides)
     return from_mapping(config)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file of JSON objects."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="session")

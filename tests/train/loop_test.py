@@ -18,8 +18,9 @@ from omniopd_jax.teacher.scripted import ScriptedTeacher, scripted_teacher
 from omniopd_jax.train import loop, observation
 from omniopd_jax.train.evaluation import EvaluationStopped
 from omniopd_jax.train.experiment import Experiment
-from omniopd_jax.train.metrics import meaning, read_lines
+from omniopd_jax.train.metrics import meaning
 from omniopd_jax.train.stops import CheckpointError, Interrupted, Interrupts, NotFinite, WorkdirError
+from tests.train.conftest import read_lines
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from omniopd_jax.config import ConfigError
-from omniopd_jax.train.metrics import REGISTRY, JsonLines, RunLog, meaning, read_lines
+from omniopd_jax.train.metrics import REGISTRY, JsonLines, RunLog, meaning
 from omniopd_jax.types import InputError
+from tests.train.conftest import read_lines
 
 
 def steps_in(path):

@@ -10,9 +10,9 @@ import pytest
 from etils.epath import backend, gpath
 
 from omniopd_jax.train import loop, mirror
-from omniopd_jax.train.metrics import read_lines
 from omniopd_jax.train.mirror import Mirror
 from omniopd_jax.train.stops import CheckpointError, WorkdirError
+from tests.train.conftest import read_lines
 
 
 class Bucket(backend._OsPathBackend):

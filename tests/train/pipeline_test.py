@@ -13,10 +13,9 @@ from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.protocol import Continuation, TeacherStopped
 from omniopd_jax.teacher.scripted import ScriptedTeacher
 from omniopd_jax.train import loop, pipeline, tally
-from omniopd_jax.train.metrics import read_lines
 from omniopd_jax.train.pipeline import overlapped
 from omniopd_jax.train.stops import Interrupted
-from tests.train.conftest import tiny_config
+from tests.train.conftest import read_lines, tiny_config
 
 
 def test_results_come_in_the_order_of_the_items():
