@@ -137,8 +137,8 @@ def main() -> None:
         )
         bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         trees = batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1)
-        compiled = jitted.lower(state, *fixed, trees).compile()
-        state, metrics = compiled(state, *fixed, trees)
+        compiled = jitted.lower(state, *fixed, trees, None).compile()
+        state, metrics = compiled(state, *fixed, trees, None)
         change = jax.tree.map(
             lambda new, old: np.asarray(new, np.float64) - np.asarray(old, np.float64),
             state.params,

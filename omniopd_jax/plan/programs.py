@@ -155,7 +155,7 @@ def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
         shapes.shardings,
         step_options(config, mesh),
     )
-    return jitted.lower(shapes.state, frozen, shapes.reference, trees)
+    return jitted.lower(shapes.state, frozen, shapes.reference, trees, None)
 
 
 def branch_slots(config: Config) -> int:

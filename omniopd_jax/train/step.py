@@ -259,8 +259,6 @@ def make_step(
     the state that comes back is the one that went in, and metrics["is_finite"] is False.
     """
     compiled = jit_step(frozen, reference, optimizer, schedule, mesh, shardings, options, teacher)
-    if teacher is None:
-        return lambda state, trees: compiled(state, frozen, reference, trees)
     return lambda state, trees: compiled(state, frozen, reference, trees, teacher)
 
 
@@ -274,8 +272,7 @@ def jit_step(
     options: StepOptions,
     teacher: Model | None = None,
 ) -> Any:
-    """The jitted function of (state, frozen, reference, trees) behind `make_step`; with a white-box teacher, it comes
-    last.
+    """The jitted function of (state, frozen, reference, trees, teacher) behind `make_step`.
 
     Of `frozen`, `reference` and `teacher` only shapes, dtypes and shardings are read here: a planner lowers it from
     those alone.
@@ -301,7 +298,7 @@ def jit_step(
         return stepped, metrics | {"is_finite": jnp.all(jnp.isfinite(terms))}
 
     def step(
-        state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None = None
+        state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None
     ) -> tuple[TrainState, dict[str, Array]]:
         fixed = (frozen, reference, trees, teacher)
         if options.updates == 1:
@@ -316,11 +313,10 @@ def jit_step(
         return state, metrics
 
     whole = replicated(mesh)
-    models = (_shardings_of(frozen), _shardings_of(reference))
-    inputs = (shardings, *models, batch_sharding(mesh, axis=1))
+    of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
     return jax.jit(
         step,
-        in_shardings=inputs if teacher is None else (*inputs, _shardings_of(teacher)),
+        in_shardings=(shardings, of_frozen, of_reference, batch_sharding(mesh, axis=1), of_teacher),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
