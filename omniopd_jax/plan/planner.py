@@ -108,7 +108,8 @@ def make_plan(
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     if search:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=0))
-    sharding.check_fits(mesh, config, decoder)
+    sharding.check_batch(mesh, config)
+    sharding.check_model(mesh, decoder)
     teacher = projected_cost(config) if config.teacher.kind in API_KINDS else ""
     dtype = config.student.compute_dtype
     shapes = programs.run_shapes(config, decoder, mesh, topology.compute_dtype if dtype == "auto" else dtype)

@@ -261,7 +261,7 @@ def _checked(
             _LOG.warning("config.rollout.%s=%g: the responses are not on-policy.", name, value)
     decoder = models.read_config(config.student.path) if student is None else student.config
     attention_kernel(config, decoder)
-    sharding.check_fits(mesh, config, decoder)
+    sharding.check_model(mesh, decoder)
     needs = needs_of(config)
     other = _teacher_side(config) if teacher is None and needs.teacher else None
     _preflight(config, _side(tokenizer, decoder), other, stream)

@@ -78,9 +78,8 @@ def check_batch(mesh: Mesh, config: Config) -> None:
             )
 
 
-def check_fits(mesh: Mesh, config: Config, decoder: DecoderConfig) -> None:
-    """Raises ConfigError where the batch or the model does not divide over the mesh; before any compute."""
-    check_batch(mesh, config)
+def check_model(mesh: Mesh, decoder: DecoderConfig) -> None:
+    """Raises ConfigError where the model does not divide over the mesh."""
     tensor = mesh.shape["tensor"]
     for what, count in (("attention heads", decoder.num_heads), ("feed-forward width", decoder.mlp_dim)):
         if count % tensor:

@@ -42,12 +42,13 @@ def abstract(data, fsdp, tensor):
 def test_a_batch_or_a_model_that_does_not_divide(make_config, model):
     config = make_config()
     with pytest.raises(ConfigError, match=r"rollout\.batch_size=8 must be a multiple of 3"):
-        sharding.check_fits(abstract(3, 1, 1), config, model.config)
+        sharding.check_batch(abstract(3, 1, 1), config)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size=2 must be a multiple of 4"):
-        sharding.check_fits(abstract(2, 2, 1), make_config(**{"train.micro_batch_size": 2}), model.config)
+        sharding.check_batch(abstract(2, 2, 1), make_config(**{"train.micro_batch_size": 2}))
     with pytest.raises(ConfigError, match=r"mesh\.tensor=3 does not divide the model's attention heads, 4"):
-        sharding.check_fits(abstract(1, 1, 3), config, model.config)
-    sharding.check_fits(abstract(2, 2, 2), config, model.config)
+        sharding.check_model(abstract(1, 1, 3), model.config)
+    sharding.check_batch(abstract(2, 2, 2), config)
+    sharding.check_model(abstract(2, 2, 2), model.config)
 
 
 def test_every_logical_axis_of_the_models_has_a_rule():
