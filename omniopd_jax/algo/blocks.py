@@ -55,37 +55,36 @@ def scan_blocks(
     return carry, jax.tree.map(join, outputs)
 
 
-def block_logits(hidden_nxD: Array, unembed_DxV: Array, logit_softcap: float | None) -> Array:
+def head_rows(unembed_DxV: Array, dtype: Any) -> Array:
+    """The head as VxD in `dtype`: what every block reads.
+
+    Where the head is tied it is the transpose of the embedding, and this transposes it back to what lies in memory.
+    Inside the scan a compiler could not: there it would be handed a transposed copy. The head must be finite: backward
+    a row of −inf would meet its own probability of 0.
+    """
+    return unembed_DxV.T.astype(dtype)
+
+
+def block_logits(hidden_nxD: Array, head_VxD: Array, logit_softcap: float | None) -> Array:
     """float32 logits [n, V] of one block; the operands keep the hidden states' dtype, the sum is float32."""
-    logits = jnp.matmul(hidden_nxD, unembed_DxV, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(hidden_nxD, head_VxD.T, preferred_element_type=jnp.float32)
     return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
 
 
 def pull_back(
     logits_gradient: Array,
-    is_active_n: Array,
     logits: Array,
     hidden_nxD: Array,
-    unembed_DxV: Array,
+    head_VxD: Array,
     logit_softcap: float | None,
 ) -> tuple[Array, Array]:
-    """From dL/dlogits of a block to (dL/dhidden [n, D], dL/dunembed [D, V] in float32).
-
-    `is_active_n` marks the tokens that the loss depends on. The others pass exactly 0 on, even where their logits are
-    NaN (the zeros that fill a block up, times −inf). `unembed_DxV` must be free of −inf (`without_neginf`).
-    """
+    """From dL/dlogits of a block to (dL/dhidden [n, D], dL/dunembed [D, V] in float32)."""
     if logit_softcap is not None:
         logits_gradient = logits_gradient * (1.0 - jnp.square(logits / logit_softcap))
-    logits_gradient = jnp.where(is_active_n[:, None], logits_gradient, 0.0)
     logits_gradient = logits_gradient.astype(hidden_nxD.dtype)
-    hidden_gradient = jnp.matmul(logits_gradient, unembed_DxV.T, preferred_element_type=jnp.float32)
+    hidden_gradient = jnp.matmul(logits_gradient, head_VxD, preferred_element_type=jnp.float32)
     unembed_gradient = jnp.matmul(hidden_nxD.T, logits_gradient, preferred_element_type=jnp.float32)
     return hidden_gradient.astype(hidden_nxD.dtype), unembed_gradient
-
-
-def without_neginf(unembed_DxV: Array) -> Array:
-    """A banned token (a column with −inf) has probability 0 and gets no gradient: its column counts as 0 backward."""
-    return jnp.where(jnp.isneginf(unembed_DxV), 0, unembed_DxV)
 
 
 def check_shapes(hidden_BxTxD: Array, unembed_DxV: Array, targets_BxT: Array, block_tokens: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.algo.blocks import block_logits, check_shapes, pull_back, scan_blocks, without_neginf
+from omniopd_jax.algo.blocks import block_logits, check_shapes, head_rows, pull_back, scan_blocks
 from omniopd_jax.types import Array
 
 KINDS = ("reverse_kl", "forward_kl", "jensen_shannon")
@@ -50,7 +50,7 @@ def teacher_divergence(
       block_tokens: tokens a block of the scan.
       teacher_logit_softcap, logit_softcap: l ← cap · tanh(l / cap) where that model has one.
 
-    A token banned on both sides (−inf logits) contributes 0. One that a KL's second model alone bans makes it inf.
+    A token banned on both sides (logits so low that p = 0) contributes 0.
 
     Raises:
       ValueError: a setting that cannot be, or shapes that do not belong together.
@@ -86,7 +86,7 @@ def _taught_forward(
     teacher_hidden: Array, teacher_unembed: Array, hidden: Array, unembed: Array, setting: _Setting
 ) -> Any:
     *_, block_tokens, teacher_softcap, softcap = setting
-    teacher_operand, operand = teacher_unembed.astype(teacher_hidden.dtype), unembed.astype(hidden.dtype)
+    teacher_operand, operand = head_rows(teacher_unembed, teacher_hidden.dtype), head_rows(unembed, hidden.dtype)
 
     def block(_, teacher_hidden_nxD, hidden_nxE):
         teacher_logits = block_logits(teacher_hidden_nxD, teacher_operand, teacher_softcap)
@@ -99,14 +99,13 @@ def _taught_forward(
 def _taught_backward(setting: _Setting, saved: Any, d_value: Array) -> Any:
     teacher_hidden, teacher_unembed, hidden, unembed = saved
     *_, block_tokens, teacher_softcap, softcap = setting
-    teacher_operand, operand = teacher_unembed.astype(teacher_hidden.dtype), unembed.astype(hidden.dtype)
-    finite = without_neginf(operand)
+    teacher_operand, operand = head_rows(teacher_unembed, teacher_hidden.dtype), head_rows(unembed, hidden.dtype)
 
     def block(unembed_gradient, teacher_hidden_nxD, hidden_nxE, d_value_n):
         teacher_logits = block_logits(teacher_hidden_nxD, teacher_operand, teacher_softcap)
         logits = block_logits(hidden_nxE, operand, softcap)
         slope = d_value_n[:, None] * _value_and_slope(teacher_logits, logits, setting)[1]
-        d_hidden, d_unembed = pull_back(slope, d_value_n != 0, logits, hidden_nxE, finite, softcap)
+        d_hidden, d_unembed = pull_back(slope, logits, hidden_nxE, operand, softcap)
         return unembed_gradient + d_unembed, d_hidden
 
     unembed_gradient, hidden_gradient = scan_blocks(
@@ -136,7 +135,7 @@ def _value_and_slope(teacher_logits_nxV: Array, logits_nxV: Array, setting: _Set
     buckets = bucketed(logprobs)
     value, slope = _of_logprobs(bucketed(teacher_logprobs), buckets, kind, beta)
     # the tail's slope falls on its tokens in proportion to their probability
-    share_nxV = jnp.where(jnp.isneginf(logprobs), 0.0, jnp.exp(logprobs - buckets[:, -1:]))
+    share_nxV = jnp.exp(logprobs - buckets[:, -1:])
     return value, (share_nxV * slope[:, -1:]).at[row_nx1, top_nxk].set(slope[:, :-1])
 
 

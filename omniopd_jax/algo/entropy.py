@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.algo.blocks import block_logits, check_shapes, pull_back, scan_blocks, without_neginf
+from omniopd_jax.algo.blocks import block_logits, check_shapes, head_rows, pull_back, scan_blocks
 from omniopd_jax.types import Array
 
 
@@ -29,7 +29,7 @@ def entropy_and_logprob(
     """Exact entropy and target log-probability of every position, without [B, T, V].
 
     Differentiable in the hidden states and the unembedding, through both results; the backward pass computes each
-    block's logits again. A −inf logit has p = 0 and contributes 0, forward and backward.
+    block's logits again. A token whose logit is so low that p = 0 contributes 0, forward and backward.
 
     Args:
       hidden_BxTxD: hidden states after the final norm; position t predicts targets[:, t].
@@ -62,9 +62,6 @@ def token_logprob(
     return scores[1]
 
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
 def log_normaliser(logits_nxV: Array) -> tuple[Array, Array]:
     """(peak, log_total), each [n, 1]: log Σ exp = peak + log_total. Kept apart, large logits lose no digits."""
     peak = jnp.max(logits_nxV, axis=-1, keepdims=True)
@@ -92,7 +89,7 @@ def _score(
 def _score_forward(
     hidden: Array, unembed: Array, targets: Array, block_tokens: int, softcap: float | None, with_entropy: bool
 ) -> Any:
-    operand = unembed.astype(hidden.dtype)
+    operand = head_rows(unembed, hidden.dtype)
 
     def block(_, hidden_nxD, targets_n):
         logits = block_logits(hidden_nxD, operand, softcap)
@@ -102,8 +99,7 @@ def _score_forward(
         if with_entropy:
             # grouped so that no array of [n, V] is shared with the sum above and stored for it
             logprobs = logits - (peak + log_total)
-            # p log p → 0 as p → 0: −inf is made finite before it meets its own 0 in a product
-            entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, _LOWEST), axis=-1)
+            entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         return None, (entropy, logprob[:, 0], (peak + log_total)[:, 0])
 
     _, (entropy, logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
@@ -112,8 +108,7 @@ def _score_forward(
 
 def _score_backward(block_tokens: int, softcap: float | None, with_entropy: bool, saved: Any, gradients: Any) -> Any:
     hidden, unembed, targets, entropy, normaliser = saved
-    operand = unembed.astype(hidden.dtype)
-    finite = without_neginf(operand)
+    operand = head_rows(unembed, hidden.dtype)
 
     def block(unembed_gradient, hidden_nxD, targets_n, entropy_n, normaliser_n, d_entropy_n, d_logprob_n):
         logits = block_logits(hidden_nxD, operand, softcap)
@@ -122,10 +117,8 @@ def _score_backward(block_tokens: int, softcap: float | None, with_entropy: bool
         gradient = d_logprob_n[:, None] * logprob_gradient(probability, targets_n)
         if with_entropy:
             # dH / d logits = − p (log p + H)
-            surprise = jnp.where(probability > 0, probability * (logprobs + entropy_n[:, None]), 0.0)
-            gradient -= d_entropy_n[:, None] * surprise
-        is_active_n = (d_entropy_n != 0) | (d_logprob_n != 0)
-        d_hidden, d_unembed = pull_back(gradient, is_active_n, logits, hidden_nxD, finite, softcap)
+            gradient -= d_entropy_n[:, None] * probability * (logprobs + entropy_n[:, None])
+        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, operand, softcap)
         return unembed_gradient + d_unembed, d_hidden
 
     unembed_gradient, hidden_gradient = scan_blocks(

@@ -20,7 +20,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.algo.blocks import block_logits, check_shapes, pull_back, scan_blocks, without_neginf
+from omniopd_jax.algo.blocks import block_logits, check_shapes, head_rows, pull_back, scan_blocks
 from omniopd_jax.algo.entropy import log_normaliser, logprob_gradient, target_logit
 from omniopd_jax.types import Array, PyTree
 
@@ -45,8 +45,7 @@ def fused_terms(
         loss = loss_of(logprob, kl) + carrier        # the carrier is 0; gradients flow through it alone
 
     The anchor is exactly 0, with a gradient of exactly 0, where both sides hold the same numbers. A token banned on
-    both sides (−inf logits) contributes 0; one that only the student bans makes the KL inf, with a finite gradient. No
-    gradient flows to the reference.
+    both sides (logits so low that p = 0) contributes 0. No gradient flows to the reference.
 
     Args:
       block_loss: the loss as a sum over tokens, differentiable in its first two arguments. It must not depend on how
@@ -84,7 +83,7 @@ def _fused(
 ) -> tuple[Array, Array, Array]:
     """Without a gradient asked for: the terms alone."""
     _, block_tokens, softcap = setting
-    operand = unembed.astype(hidden.dtype)
+    operand = head_rows(unembed, hidden.dtype)
     ref_hidden, ref_operand = _reference(reference, hidden)
 
     def block(_, hidden_nxD, targets_n, ref_hidden_nxD):
@@ -99,8 +98,7 @@ def _forward(
     setting: _Setting, hidden: Array, unembed: Array, targets: Array, fields: PyTree, reference: PyTree
 ) -> tuple[Any, Any]:
     block_loss, block_tokens, softcap = setting
-    operand = unembed.astype(hidden.dtype)
-    finite = without_neginf(operand)
+    operand = head_rows(unembed, hidden.dtype)
     ref_hidden, ref_operand = _reference(reference, hidden)
     leaves, structure = jax.tree.flatten(fields)
 
@@ -110,11 +108,9 @@ def _forward(
         fields_n = jax.tree.unflatten(structure, leaves_n)
         d_logprob, d_kl = jax.grad(block_loss, argnums=(0, 1))(logprob, kl, fields_n)
         gradient = d_logprob[:, None] * logprob_gradient(probability, targets_n)
-        is_active = d_logprob != 0
         if ref_probability is not None:
             gradient += d_kl[:, None] * (probability - ref_probability)
-            is_active |= d_kl != 0
-        d_hidden, d_unembed = pull_back(gradient, is_active, logits, hidden_nxD, finite, softcap)
+        d_hidden, d_unembed = pull_back(gradient, logits, hidden_nxD, operand, softcap)
         return unembed_gradient + d_unembed, (logprob, kl, d_hidden)
 
     unembed_gradient, (logprob, kl, hidden_gradient) = scan_blocks(
@@ -145,7 +141,7 @@ def _reference(reference: PyTree, hidden: Array) -> tuple[Array, Array | None]:
     if reference is None:
         return jnp.zeros((*hidden.shape[:2], 0), hidden.dtype), None
     ref_hidden, ref_unembed = reference
-    return ref_hidden, ref_unembed.astype(ref_hidden.dtype)
+    return ref_hidden, head_rows(ref_unembed, ref_hidden.dtype)
 
 
 def _terms(
@@ -161,5 +157,5 @@ def _terms(
     ref_peak, ref_log_total = log_normaliser(ref_logits)
     ref_logprobs = ref_logits - ref_peak - ref_log_total
     ref_probability = jnp.exp(ref_logprobs)
-    kl = jnp.sum(jnp.where(ref_probability > 0, ref_probability * (ref_logprobs - logprobs), 0.0), axis=-1)
+    kl = jnp.sum(ref_probability * (ref_logprobs - logprobs), axis=-1)
     return logprob, kl, jnp.exp(logprobs), ref_probability

@@ -67,8 +67,39 @@ class Linear(nn.Module):
 
 
 def _contract(x: Array, kernel: Array, num_in: int) -> Array:
-    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+    return _product(num_in, x, kernel.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(num_in: int, x: Array, kernel: Array) -> Array:
+    """The last `num_in` axes of x times the first of the kernel.
+
+    Its backward pass is jax's own but for the order of operands: jax asks for the kernel's gradient as its transpose,
+    which costs a CPU a transposed copy of dL/dy and a slow product (an MLP forward and back: 1.4 times as long).
+    """
+    return jax.lax.dot_general(x, kernel, ((_last(x, num_in), _first(num_in)), ((), ())))
+
+
+def _product_forward(num_in: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(num_in, x, kernel), (x, kernel)
+
+
+def _product_backward(num_in: int, saved: tuple[Array, Array], y_gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    num_out, rows = kernel.ndim - num_in, _first(x.ndim - num_in)
+    back = ((_last(y_gradient, num_out), _last(kernel, num_out)), ((), ()))
+    return jax.lax.dot_general(y_gradient, kernel, back), jax.lax.dot_general(x, y_gradient, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _first(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
+
+
+def _last(x: Array, count: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - count, x.ndim))
 
 
 class Attention(nn.Module):

@@ -287,15 +287,17 @@ def jit_step(
         teacher: Model | None,
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, metrics = gradients(frozen, state.params, reference, trees, options, teacher)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = metrics | {
             "optimizer/grad_norm": optax.global_norm(grads),
-            "optimizer/update_norm": optax.global_norm(updates),
             "optimizer/learning_rate": jnp.asarray(schedule(number), jnp.float32),
         }
-        terms = jnp.stack([metrics[name] for name in TERMS if name in metrics])
+        # Where the gradients' squares have a finite sum, AdamW's moments and update are finite. To wait for the norm of
+        # the update would keep both moments and the update of every parameter until the last is known.
+        is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS if name in metrics])))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics |= {"optimizer/update_norm": optax.global_norm(updates), "is_finite": is_finite}
         stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        return stepped, metrics | {"is_finite": jnp.all(jnp.isfinite(terms))}
+        return _where(is_finite, stepped, state), metrics
 
     def step(
         state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None
@@ -308,9 +310,8 @@ def jit_step(
             stepped, several = jax.lax.scan(lambda state, number: update(state, number, *fixed), state, numbers)
             is_finite = jnp.all(several["is_finite"])
             metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
-        stepped = dataclasses.replace(stepped, step=state.step + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state)
-        return state, metrics
+            stepped = _where(is_finite, stepped, state)
+        return dataclasses.replace(stepped, step=state.step + metrics["is_finite"]), metrics
 
     whole = replicated(mesh)
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
@@ -320,6 +321,10 @@ def jit_step(
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
+
+
+def _where(is_finite: Array, new: TrainState, old: TrainState) -> TrainState:
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
 
 
 def _shardings_of(tree: PyTree) -> PyTree:

@@ -108,7 +108,7 @@ def test_a_token_banned_on_both_sides_counts_for_nothing(inputs, setting):
         return jax.jit(jax.value_and_grad(loss))(unembed)
 
     def with_banned(unembed):
-        return np.concatenate([unembed, np.full((len(unembed), 1), -np.inf, np.float32)], axis=1)
+        return np.concatenate([unembed, np.full((len(unembed), 1), -1e30, np.float32)], axis=1)
 
     value, gradient = both(teacher_unembed, unembed)
     banned_value, banned_gradient = both(with_banned(teacher_unembed), with_banned(unembed))
