@@ -154,7 +154,7 @@ def update(options: Options) -> Iterator[Contest]:
         shape = dict(
             batch=batch, prompt_tokens=_size(options.prompt_tokens, 1), new_tokens=_size(options.new_tokens, 127)
         )
-        spec = _spec(options, model, "update", **shape, kind="verify", config=options.config, param_dtype="float32")
+        spec = _spec(options, model, "update", **shape, kind="verify", **_update_settings(options))
         width = shape["prompt_tokens"] + shape["new_tokens"]
         yield Contest(
             "update", model, shape, [Entrant("ours", spec), *_rivals(options, "update", ("trl", "tunix"), spec)],
@@ -162,6 +162,11 @@ def update(options: Options) -> Iterator[Contest]:
             cost=shapes.update_cost(shapes.read_shape(model), batch, width, shape["new_tokens"], _itemsize(options)),
             bar={"A": 1.5, "B": 1.2}.get(model, 0.0) if options.rivals else 0.0,
         )  # fmt: skip
+
+
+def _update_settings(options: Options) -> dict[str, Any]:
+    """Of every update measured here. `remat`: elementwise results are computed again, matrix products are kept."""
+    return dict(has_anchor=True, remat="dots", config=options.config, param_dtype="float32")
 
 
 def branch(options: Options) -> Iterator[Contest]:
@@ -173,12 +178,14 @@ def branch(options: Options) -> Iterator[Contest]:
             new_tokens=_size(options.new_tokens, 96),
             chunks=4, branches=8, chunk_tokens=8,
         )  # fmt: skip
-        spec = _spec(options, model, "update", **shape, repeats_share=0.5, config=options.config, param_dtype="float32")
-        yield Contest(
-            "branch update", model, shape,
-            [Entrant("ours", dict(spec, kind="branch")), Entrant("verify update", dict(spec, kind="verify"))],
-            tokens=0, cost=None, bar=1 / 1.2,
-        )  # fmt: skip
+        spec = _spec(options, model, "update", **shape, repeats_share=0.5, **_update_settings(options))
+        verify = Entrant("verify update", dict(spec, kind="verify"))
+        for name, has_anchor in (("branch update", False), ("branch update, anchored", True)):
+            yield Contest(
+                name, model, shape,
+                [Entrant("ours", dict(spec, kind="branch", has_anchor=has_anchor)), verify],
+                tokens=0, cost=None, bar=1 / 1.2,
+            )  # fmt: skip
 
 
 def step(options: Options) -> Iterator[Contest]:

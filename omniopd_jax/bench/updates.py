@@ -21,7 +21,8 @@ def update(spec: Spec) -> Work:
     """Student forward and backward, reference forward, anchor KL, AdamW.
 
     `kind`: "verify" puts a weight on every response token; "branch" on `chunks` × `branches` continuations a response,
-    drawn so that a share of them are equal, as short continuations of a trained student are.
+    drawn so that a share of them are equal, as short continuations of a trained student are. `has_anchor`: the KL anchor
+    on every response token.
     """
     counter = CompileCounter()
     config = from_mapping(spec["config"])
@@ -31,12 +32,12 @@ def update(spec: Spec) -> Work:
     shardings = state_shardings(mesh, model, optimizer)
     step = make_step(
         without_trainable(model),
-        model,
+        model if spec["has_anchor"] else None,
         optimizer,
         learning_rate_schedule(config.optimizer, config.train.steps),
         mesh,
         shardings,
-        StepOptions(has_trunk=spec["kind"] == "verify", has_anchor=True, remat=spec.get("remat", "none")),
+        StepOptions(has_trunk=spec["kind"] == "verify", has_anchor=spec["has_anchor"], remat=spec["remat"]),
     )
     state = init_state(model, optimizer, shardings)
     tree = _tree(spec, model.config.vocab_size)
@@ -59,7 +60,8 @@ def _positions(tree: TokenTree) -> int:
 
 def _weighted(tree: TokenTree) -> int:
     """Tokens that are trained on; `pack` has merged equal branches."""
-    return int((tree.weight_BxT != 0).sum()) + int((tree.branch_weight_BxRxC != 0).sum())
+    is_trained_BxT = (tree.weight_BxT != 0) | (tree.anchor_weight_BxT != 0)
+    return int(is_trained_BxT.sum()) + int((tree.branch_weight_BxRxC != 0).sum())
 
 
 def _tree(spec: Spec, vocab_size: int) -> TokenTree:
@@ -86,7 +88,7 @@ def _tree(spec: Spec, vocab_size: int) -> TokenTree:
         tokens_BxT=tokens[:, prompt:],
         mask_BxT=np.ones((rows, length), bool),
         weight_BxT=trunk_weight,
-        anchor_weight_BxT=np.full((rows, length), 0.1 / (rows * length), np.float32),
+        anchor_weight_BxT=np.full((rows, length), 0.1 * spec["has_anchor"] / (rows * length), np.float32),
         branch_tokens_BxRxC=branch_tokens.reshape(rows, chunks * count, width),
         branch_mask_BxRxC=np.ones((rows, chunks * count, width), bool),
         branch_weight_BxRxC=branch_weight.reshape(rows, chunks * count, width) / (rows * length),

@@ -125,7 +125,7 @@ def _branch_slots(count_B: np.ndarray, has_trunk_B: np.ndarray, smallest: int, m
         return 0
     width = smallest
     while _rows_needed(count_B, has_trunk_B, width).sum() > len(count_B):
-        width *= 2  # doublings alone: each width compiles the step anew, and rounding up costs little
+        width = bucket_width(width + 1, smallest)
     return min(width, most_slots)
 
 
