@@ -92,6 +92,14 @@ _VARIANTS = (
         VERIFY,
         {"objective.baseline": "teacher_agreement", "audit.num_chunks": 1, "audit.num_continuations": 4},
     ),
+    # A chunk must end within its response, so its last tokens lie in few chunks of 8 and in more of 4.
+    _arm(
+        "imitate_short",
+        "`imitate`, 8 chunks of 4 at random positions",
+        _IMITATE,
+        {"audit.positions": "random", "audit.num_chunks": 8, "audit.chunk_tokens": 4},
+    ),
+    _arm("imitate_random", "`imitate`, random positions", _IMITATE, {"audit.positions": "random"}),
     _arm("imitate_confident", "`imitate`, weighted by p^0.5", _IMITATE, {"objective.confidence_power": 0.5}),
     _arm("opd_forward", "white-box OPD, forward KL", _OPD, {"objective.divergence": "forward_kl"}),
     _arm(
@@ -184,6 +192,9 @@ _CLAIMS = (
     dict(text="The mixture is ahead of `branch` with repulsion", better="mixture", worse="branch_repulsion"),
     dict(text="The mixture is ahead of SFT", better="mixture", worse="sft"),
     dict(text="The mixture is ahead of white-box OPD", better="mixture", worse="opd_reverse"),
+    dict(text="`imitate` in short chunks at random positions is ahead of SFT", better="imitate_short", worse="sft"),
+    dict(text="The same is ahead of white-box OPD", better="imitate_short", worse="opd_reverse"),
+    dict(text="`imitate` at entropy-weighted positions is ahead of random ones", better="imitate", worse="imitate_random"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip
 

@@ -21,8 +21,8 @@ def update(spec: Spec) -> Work:
     """Student forward and backward, reference forward, anchor KL, AdamW.
 
     `kind`: "verify" puts a weight on every response token; "branch" on `chunks` × `branches` continuations a response,
-    drawn so that a share of them are equal, as short continuations of a trained student are. `has_anchor`: the KL anchor
-    on every response token.
+    drawn so that a share of them are equal, as short continuations of a trained student are. `has_anchor`: the KL
+    anchor on every response token.
     """
     counter = CompileCounter()
     config = from_mapping(spec["config"])
