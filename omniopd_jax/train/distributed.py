@@ -163,19 +163,25 @@ def own_folder(workdir: Path) -> Path:
 
 
 def teacher_share(teacher: TeacherConfig) -> TeacherConfig:
-    """The settings of one process's teacher: caps and rates are of the whole run, so each process gets its share."""
+    """The settings of one process's teacher: caps and rates are of the whole run, so each process gets its share.
+
+    Raises:
+      ConfigError: a cap or a rate of which some process would get nothing.
+    """
     processes = jax.process_count()
 
-    def part(total: int) -> int:
-        return max(1, total // processes) if total else 0  # 0 is no limit
+    def part(field: str) -> int:
+        total = getattr(teacher, field)
+        if 0 < total < processes:
+            raise ConfigError(
+                f"teacher.{field}={total} is less than one for each of {processes} processes: set it to {processes} or "
+                "more, or to 0 for no limit."
+            )
+        return total // processes
 
+    counts = ("max_calls", "max_tokens", "requests_per_minute", "tokens_per_minute")
     return dataclasses.replace(
-        teacher,
-        max_dollars=teacher.max_dollars / processes,
-        max_calls=part(teacher.max_calls),
-        max_tokens=part(teacher.max_tokens),
-        requests_per_minute=part(teacher.requests_per_minute),
-        tokens_per_minute=part(teacher.tokens_per_minute),
+        teacher, max_dollars=teacher.max_dollars / processes, **{field: part(field) for field in counts}
     )
 
 

@@ -6,7 +6,8 @@ import signal
 import jax
 import pytest
 
-from omniopd_jax.config import ConfigError
+from configs import base
+from omniopd_jax.config import ConfigError, from_mapping
 from omniopd_jax.teacher.protocol import BudgetExhausted
 from omniopd_jax.train import distributed
 from omniopd_jax.train.distributed import PeerFailed, PeerStopped, collect
@@ -38,3 +39,21 @@ def test_the_others_end_with_the_exit_code_of_the_one_that_failed(monkeypatch, f
         collect(lambda: 7)
     assert raised.value.exit_code == exit_code
     assert sent == [(7, None)]
+
+
+@pytest.mark.parametrize("field", ["max_calls", "max_tokens", "requests_per_minute", "tokens_per_minute"])
+def test_the_shares_of_a_cap_never_come_to_more_than_the_cap(monkeypatch, field):
+    teacher = base.get_config().teacher
+
+    def share(total):
+        settings = from_mapping(base.get_config().to_dict() | {"teacher": teacher.to_dict() | {field: total}}).teacher
+        return getattr(distributed.teacher_share(settings), field)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert share(0) == 0
+    assert share(4) == 1
+    assert share(11) == 2
+    with pytest.raises(
+        ConfigError, match=rf"teacher.{field}=3 is less than one for each of 4 processes.*0 for no limit"
+    ):
+        share(3)
