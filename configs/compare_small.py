@@ -63,6 +63,7 @@ _MAIN = (
     _arm("verify_evidence", "`verify` with the paper's α / N = 0.1", VERIFY, {"objective.prior_strength": 0.1}),
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
+    _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
     _arm("imitate", "`imitate`", _IMITATE),
     _arm(
@@ -78,7 +79,8 @@ _MAIN = (
 )
 _VARIANTS = (
     _arm("verify_loo", "`verify`, leave-one-out baseline", VERIFY, {"objective.baseline": "leave_one_out"}),
-    _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
+    _arm("sft_dft", "SFT, weighted by p (DFT)", _SFT, {"objective.confidence_power": 1.0}),
+    _arm("imitate_dft", "`imitate`, weighted by p", _IMITATE, {"objective.confidence_power": 1.0}),
     _arm("verify_power", "`verify`, edit similarity to the power 4", VERIFY, {"audit.similarity": "edit^4"}),
     _arm(
         "verify_samples",
@@ -183,6 +185,8 @@ _CLAIMS = (
     dict(text="Scores matter: `verify` is ahead of shuffled scores", better="verify", worse="shuffled"),
     dict(text="A baseline helps `verify`", better="verify_loo", worse="verify"),
     dict(text="More than sharpening: `branch` beats its self-teacher", better="branch_repulsion", worse="branch_self"),
+    dict(text="SFT weighted by p^0.5 is ahead of SFT", better="sft_confident", worse="sft"),
+    dict(text="SFT weighted by p^0.5 is ahead of white-box OPD", better="sft_confident", worse="opd_reverse"),
     dict(text="`branch` with repulsion is ahead of `verify`", better="branch_repulsion", worse="verify"),
     dict(text="`branch` with repulsion is ahead of SFT", better="branch_repulsion", worse="sft"),
     dict(text="`branch` with repulsion is ahead of white-box OPD", better="branch_repulsion", worse="opd_reverse"),
