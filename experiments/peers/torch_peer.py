@@ -141,12 +141,12 @@ def _update_trl(spec: Spec) -> Work:
 def _score(spec: Spec) -> Work:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(spec["batch"], spec["new_tokens"], spec["width"], generator=generator).to(_DEVICE)
-    unembed = torch.randn(spec["width"], spec["vocabulary"], generator=generator).to(_DEVICE) * spec["width"] ** -0.5
+    embedding = torch.randn(spec["vocabulary"], spec["width"], generator=generator).to(_DEVICE) * spec["width"] ** -0.5
     targets = torch.randint(0, spec["vocabulary"], hidden.shape[:2], generator=generator).to(_DEVICE)
 
     def run() -> None:
         with torch.no_grad():
-            logprobs = torch.log_softmax(hidden @ unembed, dim=-1)
+            logprobs = torch.log_softmax(hidden @ embedding.T, dim=-1)
             -(logprobs.exp() * logprobs).sum(dim=-1)
             logprobs.gather(-1, targets[..., None])
 
