@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # Bytes of one element. Sub-byte types count as one byte.
 _BYTES = {
@@ -140,7 +140,9 @@ class Program:
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
         """Turns of a while loop; None where they depend on data.
 
-        Known where XLA has noted them, and where the loop counts by one up to a constant.
+        Known where XLA has noted them, and where the loop counts up to a constant in equal steps. A step is not always
+        one: a TPU's compiler may multiply with a gathered matrix shard by shard, as the shards arrive from its
+        neighbours, and then takes two rounds of them a turn.
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
@@ -159,20 +161,56 @@ class Program:
         if "direction=LT" not in attributes:
             return None
         start, end = (self._value(computation, loop, condition, name) for name in root.operands)
-        return end - (start or 0) if end is not None else None
+        step = self._step(computation, loop, condition, root.operands[0])
+        return -(-(end - (start or 0)) // step) if end is not None and step else None
 
-    def _value(self, outer: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
-        """An integer that the loop's condition reads: a constant, or one that the loop's tuple starts with."""
-        one = condition.instructions[name]
-        if one.opcode == "get-tuple-element":
-            carried = outer.instructions[loop.operands[0]]
-            found = re.search(r"index=(\d+)", one.attributes)
-            if carried.opcode != "tuple" or found is None:
-                return None
-            one = outer.instructions[carried.operands[int(found[1])]]
-            while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                one = outer.instructions[one.operands[0]]
-        return int(one.literal) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.literal) else None
+    def _value(self, outer: Computation, loop: Instruction, inside: Computation, name: str) -> int | None:
+        """An integer that the loop's condition or body reads: a constant, or one that the loop's tuple starts with."""
+        place = _place(inside, name)
+        if place is None:
+            return self._integer(inside, name, {})
+        carried = outer.instructions[loop.operands[0]]
+        return self._integer(outer, carried.operands[place], {}) if carried.opcode == "tuple" else None
+
+    def _step(self, outer: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
+        """What each turn adds to the counter that the loop's condition calls `name`."""
+        place, body = _place(condition, name), self.computations[str(loop.called("body"))]
+        if place is None or body.root.opcode != "tuple":
+            return None
+        given: dict[str, int | None] = {}
+        for other in body.instructions:
+            at = _place(body, other)
+            if at is not None:
+                given[other] = 0 if at == place else self._value(outer, loop, body, other)
+        return self._integer(body, body.root.operands[place], given)
+
+    def _integer(self, computation: Computation, name: str, given: Mapping[str, int | None]) -> int | None:
+        """What an instruction computes from constants and the `given` instructions; None where that is not known."""
+        if name in given:
+            return given[name]
+        one = computation.instructions[name]
+        if one.opcode == "constant":
+            return int(one.literal) if re.fullmatch(r"-?\d+", one.literal) else None
+        if one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+            return self._integer(computation, one.operands[0], given)
+        if one.opcode not in ("add", "fusion") or math.prod(shape.size for shape in one.shapes) != 1:
+            return None
+        values = [self._integer(computation, operand, given) for operand in one.operands]
+        if one.opcode == "fusion":
+            inner = self.computations[str(one.called("calls"))]
+            parameters = [other for other in inner.instructions.values() if other.opcode == "parameter"]
+            return self._integer(inner, inner.root.name, {p.name: values[int(p.literal)] for p in parameters})
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+
+def _place(inside: Computation, name: str) -> int | None:
+    """Which element of a loop's tuple an instruction of its condition or body stands for; None: none of them."""
+    one = inside.instructions[name]
+    found = re.search(r"index=(\d+)", one.attributes)
+    if one.opcode != "get-tuple-element" or found is None:
+        return None
+    return int(found[1]) if inside.instructions[one.operands[0]].opcode == "parameter" else None
 
 
 def parse(text: str) -> Program:
