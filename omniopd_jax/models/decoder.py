@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from omniopd_jax.models import heads
 from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, StepContext, TreeContext
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kernels import Kernel
@@ -26,7 +27,7 @@ from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
 
 Remat = Literal["none", "full", "dots"]
-_HEAD = "head"  # among the parameters of a model that is laid out for decoding: the output head, DxV
+_HEAD = "head"  # among the parameters of a model that is laid out for decoding: the output head in tiles
 
 
 @struct.dataclass
@@ -205,13 +206,15 @@ def for_decoding(model: Model) -> Model:
 
 @jax.jit
 def laid_out_for_decoding(model: Model) -> Model:
-    """`for_decoding` as a program of its own, for loops that are entered often; a tied head gets an array in its order.
-
-    A few rows times the transpose of an embedding takes a CPU nearly twice as long as times the head itself.
-    """
-    head = unembedding(model)
+    """`for_decoding` as a program of its own, for loops that are entered often; the head in tiles, see `heads`."""
+    tiles = heads.in_tiles(unembedding(model))
     model = for_decoding(model)
-    return dataclasses.replace(model, params=dict(model.params, **{_HEAD: head}))
+    return dataclasses.replace(model, params=dict(model.params, **{_HEAD: tiles}))
+
+
+def decoding_head(model: Model) -> heads.Head:
+    """The head that a decoding loop multiplies with: the tiles where the model has them, else `unembedding`."""
+    return model.params[_HEAD] if _HEAD in model.params else unembedding(model)
 
 
 def _walk(model: Model, tokens_BxN: Array, position_BxN: Array, context_of: Any) -> tuple[Array, list[Any]]:
@@ -352,8 +355,6 @@ def decode_branches(model: Model, token_BxR: Array, cache: BranchCache) -> tuple
 
 def unembedding(model: Model) -> Array:
     """The output head DxV in the compute dtype; the embedding's transpose where the two are tied."""
-    if _HEAD in model.params:
-        return model.params[_HEAD]
     kernel = model.params["embedding"].T if model.config.is_tied else model.params["lm_head"]
     kernel = kernel.astype(model.module.compute_dtype)
     layout = model.module.layout

@@ -134,6 +134,6 @@ def head(model: models.Model, rule: SamplingRule) -> Callable[[Array, Array], Dr
     return functools.partial(
         sampling.draw_from_hidden,
         rule=rule,
-        unembed_DxV=models.unembedding(model),
+        head=models.decoding_head(model),
         logit_softcap=model.config.final_logit_softcap,
     )

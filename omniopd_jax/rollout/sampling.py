@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from omniopd_jax.models import heads
 from omniopd_jax.types import Array
 
 
@@ -64,7 +65,7 @@ def draw_from_hidden(
     uniform_AxQ: Array,
     rule: SamplingRule,
     *,
-    unembed_DxV: Array,
+    head: heads.Head,
     logit_softcap: float | None = None,
     block_logits: int = 2**26,
 ) -> Draw:
@@ -74,29 +75,28 @@ def draw_from_hidden(
       hidden_AxD: compute dtype; the logits come out in float32.
       uniform_AxQ: in [0, 1).
       rule: see SamplingRule.
-      unembed_DxV: the output projection.
+      head: the output projection.
       logit_softcap: c of c · tanh(logits / c), or None.
       block_logits: logits that may exist at once; more rows are taken in equal blocks (M·N branches of many responses
         with a vocabulary of 150,000 would fill a device).
     """
 
-    def head(hidden_AxD, uniform_AxQ):
-        unembed = unembed_DxV.astype(hidden_AxD.dtype)
-        logits_AxV = jnp.matmul(hidden_AxD, unembed, preferred_element_type=jnp.float32)
+    def drawn_from(hidden_AxD, uniform_AxQ):
+        logits_AxV = heads.logits(hidden_AxD, head)
         if logit_softcap is not None:
             logits_AxV = logit_softcap * jnp.tanh(logits_AxV / logit_softcap)
         return draw(logits_AxV, uniform_AxQ, rule)
 
     rows = hidden_AxD.shape[0]
-    num_blocks = -(-rows // max(1, block_logits // unembed_DxV.shape[1]))
+    num_blocks = -(-rows // max(1, block_logits // heads.vocabulary_size(head)))
     if num_blocks <= 1:
-        return head(hidden_AxD, uniform_AxQ)
+        return drawn_from(hidden_AxD, uniform_AxQ)
     block = -(-rows // num_blocks)
 
     def split(array):
         return jnp.pad(array, ((0, num_blocks * block - rows), (0, 0))).reshape(num_blocks, block, -1)
 
-    drawn = jax.lax.map(lambda pair: head(*pair), (split(hidden_AxD), split(uniform_AxQ)))
+    drawn = jax.lax.map(lambda pair: drawn_from(*pair), (split(hidden_AxD), split(uniform_AxQ)))
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:rows], drawn)
 
 

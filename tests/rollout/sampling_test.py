@@ -143,7 +143,7 @@ def test_blocks_of_rows_and_the_softcap_change_nothing_but_memory_and_logits():
                 sampling.draw_from_hidden, rule=SamplingRule(), logit_softcap=5.0, block_logits=block_logits
             )
         )
-        drawn = blocked(hidden, uniform, unembed_DxV=unembed)
+        drawn = blocked(hidden, uniform, head=unembed)
         np.testing.assert_array_equal(drawn.token_AxQ, expected.token_AxQ)
         np.testing.assert_allclose(drawn.logprob_AxQ, expected.logprob_AxQ, atol=1e-5)
         np.testing.assert_allclose(drawn.entropy_A, expected.entropy_A, atol=1e-5)
