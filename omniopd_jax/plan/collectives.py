@@ -14,7 +14,7 @@ import re
 import numpy as np
 from jax.sharding import Mesh
 
-from omniopd_jax.plan.hlo import Computation, Instruction, Program
+from omniopd_jax.plan.hlo import Computation, Instruction, Program, Visit
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
@@ -38,22 +38,39 @@ class Collective:
 def collectives(program: Program, mesh: Mesh, *, unknown_trips: int = 1) -> list[Collective]:
     """Every collective of a program.
 
-    A compiler that overlaps one with other work may write it several times under one channel; it counts once a loop.
+    A compiler that overlaps one with other work may write it several times under one channel; it counts once a loop,
+    and in a loop that only carries it on, not at all: there each turn sends a piece of what was begun before the loop.
     """
     found: dict[tuple[str, str], Collective] = {}
-    for visit in program.visits(unknown_trips=unknown_trips):
+    visits = list(program.visits(unknown_trips=unknown_trips))
+    begun = _begun(visits)
+    for visit in visits:
         for one in visit.computation.instructions.values():
             kind = next((kind for kind in _KINDS if one.opcode in (kind, f"{kind}-start")), None)
             if kind is None:
                 continue
             channel = _CHANNEL.search(one.attributes)
             key = (visit.region, channel[1] if channel else f"{visit.computation.name}/{one.name}")
+            if channel and visit.region not in begun.get(channel[1], {visit.region}):
+                continue
             members, axis = _group(one, mesh)
             if kind == "all-reduce" and "all-reduce-scatter" in visit.computation.name:
                 kind = "reduce-scatter"  # a TPU's fusion of an all-reduce with the slice that is kept
             sent = _sent(kind, visit.computation, one, members)
             found[key] = Collective(kind, axis, sent, visit.times, members)
     return list(found.values())
+
+
+def _begun(visits: list[Visit]) -> dict[str, set[str]]:
+    """Channel → the regions in which a TPU begins an exchange that later instructions carry on."""
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for visit in visits:
+        for one in visit.computation.instructions.values():
+            if 'custom_call_target="AsyncCollectiveStart"' in one.attributes:
+                channel = _CHANNEL.search(visit.computation.instructions[one.operands[0]].attributes)
+                if channel:
+                    found[channel[1]].add(visit.region)
+    return found
 
 
 def bytes_by_axis(found: list[Collective]) -> dict[str, float]:

@@ -18,6 +18,45 @@ TURNS, ROWS, WIDTH = 3, 16, 128
 WHOLE = ROWS * WIDTH * 4  # bytes of the array that each device holds
 
 
+# An exchange as a TPU's compiler spreads it over a loop: begun before, a piece sent each turn, and ended after.
+_SPREAD = """HloModule spread, is_scheduled=true
+
+%begin (p.0: f32[16,128]) -> (f32[16,128], f32[32,128]) {
+  %p.0 = f32[16,128]{1,0} parameter(0)
+  %gather.0 = f32[32,128]{1,0} all-gather(%p.0), channel_id=5, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %begun = (f32[16,128]{1,0}, f32[32,128]{1,0}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry_on (p.1: f32[16,128]) -> f32[32,128] {
+  %p.1 = f32[16,128]{1,0} parameter(0)
+  ROOT %gather.1 = f32[32,128]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[4,2]<=[8], dimensions={0}
+}
+
+%body (s.0: (s32[], f32[16,128])) -> (s32[], f32[16,128]) {
+  %s.0 = (s32[], f32[16,128]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%s.0), index=0
+  %shard = f32[16,128]{1,0} get-tuple-element(%s.0), index=1
+  %piece = f32[32,128]{1,0} fusion(%shard), kind=kLoop, calls=%carry_on
+  %own = f32[16,128]{1,0} collective-permute(%shard), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  ROOT %next = (s32[], f32[16,128]{1,0}) tuple(%turn, %own)
+}
+
+%condition (s.1: (s32[], f32[16,128])) -> pred[] {
+  %s.1 = (s32[], f32[16,128]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[16,128]) -> f32[16,128] {
+  %x = f32[16,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %started = (f32[16,128]{1,0}, f32[32,128]{1,0}) fusion(%x), kind=kLoop, calls=%begin
+  %state = (s32[], f32[16,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[16,128]{1,0}) while(%state), condition=%condition, body=%body
+  ROOT %out = f32[16,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def found():
     environment = os.environ | {
@@ -49,6 +88,11 @@ def test_each_collective_has_its_kind_axis_and_bytes(found, name, kind, axis, me
     assert (only["kind"], only["axis"], only["members"]) == (kind, axis, members)
     assert only["bytes"] == sent
     assert only["times"] == TURNS
+
+
+def test_an_exchange_that_a_loop_carries_on_is_sent_once(found):
+    """And one of the loop's own in every turn."""
+    assert {one["kind"]: one["times"] for one in found["spread"]} == {"all-gather": 1, "collective-permute": TURNS}
 
 
 def test_flops_count_every_turn_of_nested_loops(found):
@@ -134,6 +178,9 @@ def main() -> None:
 
         text = jax.jit(loop).lower(shape).compile().as_text()
         found[name] = [dataclasses.asdict(one) for one in collectives(hlo.parse(text), mesh)]
+
+    spread = collectives(hlo.parse(_SPREAD), mesh, unknown_trips=TURNS)
+    found["spread"] = [dataclasses.asdict(one) for one in spread]
 
     def products(x, w):
         def outer(y, _):
