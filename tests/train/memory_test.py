@@ -72,6 +72,7 @@ def temporaries(kind, tokens):
 @pytest.mark.parametrize("kind", ["step", "score", "decode"])
 def test_temporaries_grow_with_the_block_and_not_with_the_response(kind):
     short, long = temporaries(kind, SHORT), temporaries(kind, LONG)
+    print(f"{kind}: {SHORT} tokens {short / 2**20:.1f} MiB, {LONG} tokens {long / 2**20:.1f} MiB")  # for docs/scale.md
     everything = ROWS * (LONG - SHORT) * LOGITS  # what logits of the longer responses would add
     assert long - short < everything / 20, (short, long)
     assert long < BLOCKS * BLOCK * LOGITS + 40 * WIDTH * VOCABULARY, long / (BLOCK * LOGITS)
