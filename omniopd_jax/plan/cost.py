@@ -2,7 +2,8 @@
 
 FLOPs are those of matrix products (dots and convolutions, which is what a TPU makes of them), two a multiply-add: all
 else is small beside them. Bytes are what instructions read from and write to main memory: operands and results of
-everything outside a fusion, of a slice only what it touches, nothing of what lies in on-chip memory.
+everything outside a fusion, of a slice only what it touches, nothing of what lies in on-chip memory. An exchange that
+a TPU spreads over other work moves its bytes where it begins, and nothing where it is carried on and ended.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ _FREE = frozenset(
         "partition-id", "replica-id", "iota", "opt-barrier", "add-dependency",
     }
 )  # fmt: skip
+# What a fusion may hand on in an operand's own buffer: the operand, or an exchange that goes on beside its work.
+_HANDED_ON = frozenset({"parameter", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"})
+_ALIAS = re.compile(r"\{(\d+)\}: \(\d+, \{\}\)")  # of output_to_operand_aliasing={{1}: (0, {}), …}
+_TARGET = re.compile(r'\bcustom_call_target="(\w+)"')
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 
@@ -108,6 +113,8 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     """Bytes that one instruction outside a fusion reads from and writes to main memory."""
     if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")) or one.opcode in ("async-start",):
         return 0.0
+    if _target(one) == "AllocateBuffer":
+        return 0.0
     operands = [computation.instructions[name].shapes for name in one.operands]
     if one.opcode in ("copy-start", "slice-start"):  # (destination, source, …) and ((source), result, …)
         made = one.shapes[0] if one.opcode == "copy-start" else one.shapes[1]
@@ -118,20 +125,34 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
         update = operands[1][0]
         return float(update.main_bytes + (0 if one.shapes[0].is_on_chip else update.bytes))
     if one.opcode == "fusion":
-        return _fusion_traffic(program.computations[str(one.called("calls"))], one, operands)
-    return float(sum(shape.main_bytes for shapes in (one.shapes, *operands) for shape in shapes))
+        return _fusion_traffic(program, one, operands)
+    results = one.shapes
+    if one.opcode in ("collective-permute-start", "all-gather-start"):  # (the operands again, results, …)
+        results = results[sum(len(shapes) for shapes in operands) :]
+    return float(_main_bytes(results, *operands))
 
 
-def _fusion_traffic(inner: Computation, one: Instruction, operands: list[tuple[Shape, ...]]) -> float:
+def _target(one: Instruction) -> str:
+    found = _TARGET.search(one.attributes)
+    return found[1] if found else ""
+
+
+def _main_bytes(*values: tuple[Shape, ...]) -> int:
+    return sum(shape.main_bytes for shapes in values for shape in shapes)
+
+
+def _fusion_traffic(program: Program, one: Instruction, operands: list[tuple[Shape, ...]]) -> float:
+    inner = program.computations[str(one.called("calls"))]
+    if _target(inner.root) == "AsyncCollectiveStart":
+        return float(_main_bytes(inner.instructions[inner.root.operands[0]].shapes, *operands))
+    if _target(inner.root) == "AsyncCollectiveDone":
+        return 0.0
     total = 0.0
-    users: dict[str, list[tuple[Instruction, int]]] = {}
-    for user in inner.instructions.values():
-        for place, name in enumerate(user.operands):
-            users.setdefault(name, []).append((user, place))
+    handed_on = _handed_on(inner, one)
     for parameter in inner.instructions.values():
         if parameter.opcode == "parameter":
             for shape in operands[int(parameter.literal)]:
-                read = min(shape.bytes, _read_bytes(inner, parameter, users))
+                read = min(shape.bytes, _read_bytes(program, inner, parameter, handed_on))
                 total += 0 if shape.is_on_chip else read
     roots = [inner.instructions[name] for name in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     for root, shape in zip(roots, one.shapes, strict=False):
@@ -139,24 +160,50 @@ def _fusion_traffic(inner: Computation, one: Instruction, operands: list[tuple[S
         if source.opcode == "dynamic-update-slice":
             written = inner.instructions[source.operands[1]].shapes[0].bytes
         else:
-            written = shape.bytes
+            written = 0 if root.name in handed_on else shape.bytes
         total += 0 if shape.is_on_chip else written
     return total
 
 
-def _read_bytes(inner: Computation, value: Instruction, users: dict[str, list[tuple[Instruction, int]]]) -> float:
+def _handed_on(inner: Computation, one: Instruction) -> frozenset[str]:
+    """Results of a fusion that it neither reads nor writes.
+
+    A TPU fuses work with an exchange that goes on meanwhile: the exchange's buffers come in and go out again as they
+    are, and its bytes were counted where it began.
+    """
+    if inner.root.opcode != "tuple":
+        return frozenset()
+    names = [inner.root.operands[int(place)] for place in _ALIAS.findall(one.attributes)]
+    return frozenset(name for name in names if inner.instructions[name].opcode in _HANDED_ON)
+
+
+def _read_bytes(
+    program: Program, inner: Computation, value: Instruction, handed_on: frozenset[str] = frozenset()
+) -> float:
     """Bytes of a fusion's operand that are touched: of slices their results, of an updated buffer nothing."""
+    if value.is_root:  # of a fusion inside the fusion, which reads it as another shape
+        return float(value.bytes)
     total = 0.0
-    for user, place in users.get(value.name, []):
-        if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-            total += user.shapes[0].bytes
-        elif user.opcode == "dynamic-update-slice" and place == 0:
-            continue
-        elif user.opcode == "bitcast":
-            total += _read_bytes(inner, user, users)
-        else:
-            return float(value.bytes)
+    for user in inner.instructions.values():
+        for place, name in enumerate(user.operands):
+            if name != value.name or user.name in handed_on or (user.is_root and name in handed_on):
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += user.shapes[0].bytes
+            elif user.opcode == "dynamic-update-slice" and place == 0:
+                continue
+            elif user.opcode == "bitcast":
+                total += _read_bytes(program, inner, user)
+            elif user.opcode == "fusion":
+                nested = program.computations[str(user.called("calls"))]
+                total += _read_bytes(program, nested, _parameter(nested, place))
+            else:
+                return float(value.bytes)
     return total
+
+
+def _parameter(inner: Computation, place: int) -> Instruction:
+    return next(one for one in inner.instructions.values() if one.opcode == "parameter" and int(one.literal) == place)
 
 
 def _through_bitcasts(inner: Computation, one: Instruction) -> Instruction:
