@@ -197,7 +197,7 @@ _CLAIMS = (
     dict(text="The mixture is ahead of SFT", better="mixture", worse="sft"),
     dict(text="The mixture is ahead of white-box OPD", better="mixture", worse="opd_reverse"),
     dict(text="`imitate` in short chunks at random positions is ahead of SFT", better="imitate_short", worse="sft"),
-    dict(text="The same is ahead of white-box OPD", better="imitate_short", worse="opd_reverse"),
+    dict(text="`imitate` in short chunks is ahead of white-box OPD", better="imitate_short", worse="opd_reverse"),
     dict(text="`imitate` at entropy-weighted positions is ahead of random", better="imitate", worse="imitate_random"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip

@@ -321,13 +321,14 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_TRAINED_DTYPES = ("float32", "bfloat16")  # in float16 the ε of AdamW is 0
 _TASKS = ("gsm8k", "math", "aime", "amc", "olympiad", "humaneval", "mbpp", "livecodebench")
 _CHOICES = {
-    "student.param_dtype": _DTYPES,
+    "student.param_dtype": _TRAINED_DTYPES,
     "student.compute_dtype": ("auto", *_DTYPES),
     "student.attention": ("auto", "xla", "cudnn", "splash"),
     "reference.dtype": ("same", *_DTYPES),
-    "optimizer.state_dtype": _DTYPES,
+    "optimizer.state_dtype": _TRAINED_DTYPES,
     "lora.export": ("merged", "peft"),
     "teacher.kind": ("local", "self", "openai", "anthropic", "gemini", "scripted"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),

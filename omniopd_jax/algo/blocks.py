@@ -1,8 +1,9 @@
 """Blocks of tokens: what keeps anything of shape [B, T, V] from ever existing.
 
 The unembedding is applied to a block of tokens at a time inside one `lax.scan`. The functions that use these blocks
-(`entropy`, `divergences`) write their own backward pass: it reads each block's logits again instead of storing them,
-and adds the unembedding's gradient up in the scan's carry, so memory grows with the block and not with T.
+take their gradients themselves: `fused` while a block's logits are there, `entropy` and `divergences` in a backward pass
+that computes them again. The unembedding's gradient adds up in the scan's carry, so memory grows with the block and not
+with T.
 The idea is google/tunix's `compute_chunked_logps`.
 """
 
@@ -59,8 +60,9 @@ def head_rows(unembed_DxV: Array, dtype: Any) -> Array:
     """The head as VxD in `dtype`: what every block reads.
 
     Where the head is tied it is the transpose of the embedding, and this transposes it back to what lies in memory.
-    Inside the scan a compiler could not: there it would be handed a transposed copy. The head must be finite: backward
-    a row of −inf would meet its own probability of 0.
+    Inside the scan a compiler could not: there it would be handed a transposed copy, as an untied head is here (on a
+    CPU; elsewhere layouts are the compiler's). The head must be finite: backward a row of −inf would meet its own
+    probability of 0.
     """
     return unembed_DxV.T.astype(dtype)
 

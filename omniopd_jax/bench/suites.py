@@ -179,11 +179,13 @@ def branch(options: Options) -> Iterator[Contest]:
             chunks=4, branches=8, chunk_tokens=8,
         )  # fmt: skip
         spec = _spec(options, model, "update", **shape, repeats_share=0.5, **_update_settings(options))
-        verify = Entrant("verify update", dict(spec, kind="verify"))
         for name, has_anchor in (("branch update", False), ("branch update, anchored", True)):
             yield Contest(
                 name, model, shape,
-                [Entrant("ours", dict(spec, kind="branch", has_anchor=has_anchor)), verify],
+                [
+                    Entrant("ours", dict(spec, kind="branch", has_anchor=has_anchor)),
+                    Entrant("verify update", dict(spec, kind="verify", has_anchor=has_anchor)),
+                ],
                 tokens=0, cost=None, bar=1 / 1.2,
             )  # fmt: skip
 

@@ -60,8 +60,7 @@ def _positions(tree: TokenTree) -> int:
 
 def _weighted(tree: TokenTree) -> int:
     """Tokens that are trained on; `pack` has merged equal branches."""
-    is_trained_BxT = (tree.weight_BxT != 0) | (tree.anchor_weight_BxT != 0)
-    return int(is_trained_BxT.sum()) + int((tree.branch_weight_BxRxC != 0).sum())
+    return int((tree.weight_BxT != 0).sum()) + int((tree.branch_weight_BxRxC != 0).sum())
 
 
 def _tree(spec: Spec, vocab_size: int) -> TokenTree:

@@ -18,6 +18,7 @@ _BYTES = {
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_COPIES = ("copy", "bitcast", "copy-done", "copy-start")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -181,7 +182,8 @@ class Program:
         for other in body.instructions:
             at = _place(body, other)
             if at is not None:
-                given[other] = 0 if at == place else self._value(outer, loop, body, other)
+                is_kept = at < len(body.root.operands) and _place(body, _uncopied(body, body.root.operands[at])) == at
+                given[other] = 0 if at == place else self._value(outer, loop, body, other) if is_kept else None
         return self._integer(body, body.root.operands[place], given)
 
     def _integer(self, computation: Computation, name: str, given: Mapping[str, int | None]) -> int | None:
@@ -191,7 +193,7 @@ class Program:
         one = computation.instructions[name]
         if one.opcode == "constant":
             return int(one.literal) if re.fullmatch(r"-?\d+", one.literal) else None
-        if one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        if one.opcode in _COPIES:
             return self._integer(computation, one.operands[0], given)
         if one.opcode not in ("add", "fusion") or math.prod(shape.size for shape in one.shapes) != 1:
             return None
@@ -202,6 +204,12 @@ class Program:
             return self._integer(inner, inner.root.name, {p.name: values[int(p.literal)] for p in parameters})
         known = [value for value in values if value is not None]
         return sum(known) if len(known) == len(values) else None
+
+
+def _uncopied(inside: Computation, name: str) -> str:
+    while inside.instructions[name].opcode in _COPIES:
+        name = inside.instructions[name].operands[0]
+    return name
 
 
 def _place(inside: Computation, name: str) -> int | None:

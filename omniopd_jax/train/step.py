@@ -28,7 +28,6 @@ TERMS = (
     "loss/divergence",
     "loss/ratio",
     "optimizer/grad_norm",
-    "optimizer/update_norm",
 )
 
 

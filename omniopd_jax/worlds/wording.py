@@ -10,7 +10,7 @@ import numpy as np
 
 
 def fixed_words(phrasings: Iterable[str]) -> list[str]:
-    """The words of phrasings, in order; what stands in braces is filled in later and is none."""
+    """The words of phrasings, sorted; what stands in braces is filled in later and is none."""
     return sorted({word for phrasing in phrasings for word in re.sub(r"\{\w+\}", " ", phrasing).split()})
 
 

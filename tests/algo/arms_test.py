@@ -236,6 +236,9 @@ def test_jit_and_permutation(baseline):
 def test_names_that_do_not_exist_are_refused(setting):
     with pytest.raises(ValueError, match=f"{setting}='nothing' must be"):
         verify(**{setting: "nothing"})
+
+
+def test_anchors_on_tokens_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="anchor_tokens='nothing' must be"):
         anchor_weights(AUDITED, 1.0, "nothing")
 

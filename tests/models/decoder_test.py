@@ -141,6 +141,19 @@ def test_padding_rows_and_empty_branches_have_finite_gradients_and_remat_changes
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 + 1e-4 * np.abs(a).max()), plain, again)
 
 
+def test_remat_computes_again_what_it_says(model):
+    """Products of the gradient: "dots" keeps those of the layers, "full" computes them again."""
+
+    def products(remat):
+        def loss(params):
+            hidden, _ = models.read(dataclasses.replace(model, params=params), TOKENS, MASK, remat=remat)
+            return jnp.sum(hidden)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(model.params)).count("dot_general[")
+
+    assert products("none") <= products("dots") < products("full")
+
+
 def test_scores_in_blocks_change_nothing(model, tree, monkeypatch):
     monkeypatch.setattr(contexts, "QUERY_BLOCK", 5)
     # a new function object: the block's size is no part of jit's key

@@ -35,7 +35,8 @@ _BY_SHARDS = """HloModule by_shards, is_scheduled=true
   %second = f32[4,64]{1,0} dot(%part, %shard), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %sum = f32[4,64]{1,0} add(%first, %second)
   STEP
-  ROOT %next = (f32[4,64]{1,0}, f32[16,64]{1,0}, f32[4,16]{1,0}, u32[], u32[]) tuple(%sum, %shard, %part, %up, %held)
+  KEPT
+  ROOT %next = (f32[4,64]{1,0}, f32[16,64]{1,0}, f32[4,16]{1,0}, u32[], u32[]) tuple(%sum, %shard, %part, %up, %kept)
 }
 
 %condition (carried: (f32[4,64], f32[16,64], f32[4,16], u32[], u32[])) -> pred[] {
@@ -58,6 +59,10 @@ ENTRY %main (x: f32[4,64], w: f32[16,64], p: f32[4,16]) -> f32[4,64] {
 """
 
 
+def by_shards(step, kept="%kept = u32[] copy(%held)"):
+    return _BY_SHARDS.replace("STEP", step).replace("KEPT", kept)
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -69,12 +74,19 @@ ENTRY %main (x: f32[4,64], w: f32[16,64], p: f32[4,16]) -> f32[4,64] {
 )
 def test_a_product_that_is_computed_shard_by_shard_costs_what_it_costs_at_once(step):
     """Two rounds a turn: a loop up to eight that goes up by two turns four times."""
-    program = hlo.parse(_BY_SHARDS.replace("STEP", step))
+    program = hlo.parse(by_shards(step))
     assert cost(program).flops == 2 * ROWS * WIDTH * SHARD * SHARDS
 
 
-def test_turns_of_a_loop_whose_step_depends_on_data_are_given():
-    program = hlo.parse(_BY_SHARDS.replace("STEP", "%up = u32[]{:T(128)} add(%counter, %data)"))
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        ("%up = u32[]{:T(128)} add(%counter, %data)", "%kept = u32[] copy(%held)"),
+        ("%up = u32[]{:T(128)} add(%counter, %held)", "%kept = u32[] add(%held, %two)"),
+    ],
+)
+def test_turns_of_a_loop_whose_step_depends_on_data_are_given(step, kept):
+    program = hlo.parse(by_shards(step, kept))
     assert cost(program, unknown_trips=3).flops == 3 * 2 * (2 * ROWS * WIDTH * SHARD)
 
 

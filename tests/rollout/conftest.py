@@ -38,9 +38,10 @@ def model():
 
 @pytest.fixture(scope="session")
 def windowed_model():
-    """Sliding windows shorter than the tests' sequences, and capped logits."""
+    """Sliding windows shorter than the tests' sequences, capped logits, and a vocabulary whose head is cut in tiles."""
     values = dict(
         _SIZES,
+        vocab_size=128,
         model_type="gemma2",
         architectures=["Gemma2ForCausalLM"],
         sliding_window=6,
