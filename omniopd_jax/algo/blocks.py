@@ -1,9 +1,9 @@
 """Blocks of tokens: what keeps anything of shape [B, T, V] from ever existing.
 
 The unembedding is applied to a block of tokens at a time inside one `lax.scan`. The functions that use these blocks
-take their gradients themselves: `fused` while a block's logits are there, `entropy` and `divergences` in a backward pass
-that computes them again. The unembedding's gradient adds up in the scan's carry, so memory grows with the block and not
-with T.
+take their gradients themselves: `fused` while a block's logits are there, `entropy` and `divergences` in a backward
+pass that computes them again. The unembedding's gradient adds up in the scan's carry, so memory grows with the block
+and not with T.
 The idea is google/tunix's `compute_chunked_logps`.
 """
 
