@@ -15,7 +15,7 @@ the run, MATH-500. The other four benchmarks: `experiments.evaluate` (docs/evalu
 and what is our guess: configs/qwen3.py.
 
 Devices: a TPU v5e slice of 8×8 chips, our guess. `experiments.plan --topology=v5e:8x8` says of omniopd on this file:
-25.6 to 27.6 s a step, 1.4 to 1.5 hours for 200, without the teacher and the host; 6.5 of 15.7 GiB a chip.
+25.5 to 27.3 s a step, 1.4 to 1.5 hours for 200, without the teacher and the host; 5.8 of 15.7 GiB a chip.
 Teacher: what `--config.teacher.dry_run=True` prints, an estimate for responses of full length.
   omniopd, branch   vLLM 1,280 calls a step; claude 12,800, $44 a step, $8,824 in 200; gemini 2,560, $4.76, $952
   sft               128 calls a step; claude $4.06 a step, $813 in 200; gemini $2.01, $401
