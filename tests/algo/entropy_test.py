@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omniopd_jax.algo.entropy import entropy_and_logprob, token_logprob
+from tests.algo.numeric import numeric_gradient
 
 B, T, D, V = 3, 5, 4, 11
 
@@ -24,17 +25,6 @@ def dense(hidden, unembed, targets, softcap=None):
         logprobs = logprobs - np.log(np.exp(logprobs).sum(-1, keepdims=True))
         entropy = -np.where(np.exp(logprobs) > 0, np.exp(logprobs) * logprobs, 0.0).sum(-1)
     return entropy, np.take_along_axis(logprobs, np.asarray(targets)[..., None], -1)[..., 0]
-
-
-def numeric_gradient(function, point, step=1e-5):
-    point = np.asarray(point, np.float64)
-    gradient = np.zeros_like(point)
-    for index in np.ndindex(point.shape):
-        moved = np.stack([point, point])
-        moved[(0, *index)] += step
-        moved[(1, *index)] -= step
-        gradient[index] = (function(moved[0]) - function(moved[1])) / (2 * step)
-    return gradient
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from omniopd_jax.algo.fused import fused_terms
+from tests.algo.numeric import numeric_gradient
 
 B, T, D, V = 2, 7, 4, 11
 WEIGHT = np.cos(np.arange(B * T)).reshape(B, T)
@@ -61,17 +62,6 @@ def dense_terms(arrays, softcap=None, *, has_reference=True):
     reference = logprobs(arrays["ref_hidden"], arrays["ref_unembed"], softcap)
     with np.errstate(all="ignore"):
         return logprob, np.where(np.exp(reference) > 0, np.exp(reference) * (reference - student), 0.0).sum(-1)
-
-
-def numeric_gradient(function, point, step=1e-5):
-    point = np.asarray(point, np.float64)
-    gradient = np.zeros_like(point)
-    for index in np.ndindex(point.shape):
-        moved = np.stack([point, point])
-        moved[(0, *index)] += step
-        moved[(1, *index)] -= step
-        gradient[index] = (function(moved[0]) - function(moved[1])) / (2 * step)
-    return gradient
 
 
 def terms_of(loss, arrays, softcap=None, *, has_reference=True, block_tokens=5):
