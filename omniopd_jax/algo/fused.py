@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def fused_terms(
     still = jax.lax.stop_gradient
     setting = (block_loss, block_tokens, logit_softcap)
     terms: Any = _fused(setting, hidden_BxTxD, unembed_DxV, still(targets_BxT), still(fields), still(reference))
-    carrier, logprob_BxT, kl_BxT = cast(tuple[Array, Array, Array], terms)
+    carrier, logprob_BxT, kl_BxT = terms
     return carrier, still(logprob_BxT), still(kl_BxT)
 
 

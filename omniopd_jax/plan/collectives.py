@@ -66,7 +66,7 @@ def _begun(visits: list[Visit]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = collections.defaultdict(set)
     for visit in visits:
         for one in visit.computation.instructions.values():
-            if 'custom_call_target="AsyncCollectiveStart"' in one.attributes:
+            if one.target == "AsyncCollectiveStart":
                 channel = _CHANNEL.search(visit.computation.instructions[one.operands[0]].attributes)
                 if channel:
                     found[channel[1]].add(visit.region)

@@ -23,7 +23,6 @@ _FREE = frozenset(
 # What a fusion may hand on in an operand's own buffer: the operand, or an exchange that goes on beside its work.
 _HANDED_ON = frozenset({"parameter", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"})
 _ALIAS = re.compile(r"\{(\d+)\}: \(\d+, \{\}\)")  # of output_to_operand_aliasing={{1}: (0, {}), …}
-_TARGET = re.compile(r'\bcustom_call_target="(\w+)"')
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 
@@ -113,7 +112,7 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     """Bytes that one instruction outside a fusion reads from and writes to main memory."""
     if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")) or one.opcode in ("async-start",):
         return 0.0
-    if _target(one) == "AllocateBuffer":
+    if one.target == "AllocateBuffer":
         return 0.0
     operands = [computation.instructions[name].shapes for name in one.operands]
     if one.opcode in ("copy-start", "slice-start"):  # (destination, source, …) and ((source), result, …)
@@ -132,31 +131,24 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     return float(_main_bytes(results, *operands))
 
 
-def _target(one: Instruction) -> str:
-    found = _TARGET.search(one.attributes)
-    return found[1] if found else ""
-
-
 def _main_bytes(*values: tuple[Shape, ...]) -> int:
     return sum(shape.main_bytes for shapes in values for shape in shapes)
 
 
 def _fusion_traffic(program: Program, one: Instruction, operands: list[tuple[Shape, ...]]) -> float:
     inner = program.computations[str(one.called("calls"))]
-    if _target(inner.root) == "AsyncCollectiveStart":
+    if inner.root.target == "AsyncCollectiveStart":
         return float(_main_bytes(inner.instructions[inner.root.operands[0]].shapes, *operands))
-    if _target(inner.root) == "AsyncCollectiveDone":
+    if inner.root.target == "AsyncCollectiveDone":
         return 0.0
     total = 0.0
     handed_on = _handed_on(inner, one)
-    for parameter in inner.instructions.values():
-        if parameter.opcode == "parameter":
-            for shape in operands[int(parameter.literal)]:
-                read = min(shape.bytes, _read_bytes(program, inner, parameter, handed_on))
-                total += 0 if shape.is_on_chip else read
+    for parameter, shapes in zip(inner.parameters, operands, strict=True):
+        read = _read_bytes(program, inner, parameter, handed_on)
+        total += sum(min(shape.bytes, read) for shape in shapes if not shape.is_on_chip)
     roots = [inner.instructions[name] for name in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     for root, shape in zip(roots, one.shapes, strict=False):
-        source = _through_bitcasts(inner, root)
+        source = inner.behind(root.name, ("bitcast",))
         if source.opcode == "dynamic-update-slice":
             written = inner.instructions[source.operands[1]].shapes[0].bytes
         else:
@@ -196,17 +188,7 @@ def _read_bytes(
                 total += _read_bytes(program, inner, user)
             elif user.opcode == "fusion":
                 nested = program.computations[str(user.called("calls"))]
-                total += _read_bytes(program, nested, _parameter(nested, place))
+                total += _read_bytes(program, nested, nested.parameters[place])
             else:
                 return float(value.bytes)
     return total
-
-
-def _parameter(inner: Computation, place: int) -> Instruction:
-    return next(one for one in inner.instructions.values() if one.opcode == "parameter" and int(one.literal) == place)
-
-
-def _through_bitcasts(inner: Computation, one: Instruction) -> Instruction:
-    while one.opcode == "bitcast":
-        one = inner.instructions[one.operands[0]]
-    return one

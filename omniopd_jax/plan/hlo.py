@@ -19,6 +19,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _COPIES = ("copy", "bitcast", "copy-done", "copy-start")
+_TARGET = re.compile(r'\bcustom_call_target="(\w+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -62,6 +63,12 @@ class Instruction:
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
+    @property
+    def target(self) -> str:
+        """What a custom call calls; nothing for other instructions."""
+        found = _TARGET.search(self.attributes)
+        return found[1] if found else ""
+
     def called(self, kind: str) -> str | None:
         """The computation that an attribute names (calls, to_apply, body, condition)."""
         for key, name in _CALLED.findall(self.attributes):
@@ -88,6 +95,18 @@ class Computation:
     @property
     def root(self) -> Instruction:
         return next(one for one in reversed(self.instructions.values()) if one.is_root)
+
+    @property
+    def parameters(self) -> list[Instruction]:
+        """In the order of the operands that they stand for."""
+        return sorted((one for one in self.instructions.values() if one.opcode == "parameter"), key=_number)
+
+    def behind(self, name: str, opcodes: tuple[str, ...]) -> Instruction:
+        """The instruction whose value this is, seen through those of the given opcodes."""
+        one = self.instructions[name]
+        while one.opcode in opcodes:
+            one = self.instructions[one.operands[0]]
+        return one
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
         """Shapes of the operands, tuples flattened."""
@@ -181,9 +200,11 @@ class Program:
         given: dict[str, int | None] = {}
         for other in body.instructions:
             at = _place(body, other)
-            if at is not None:
-                is_kept = at < len(body.root.operands) and _place(body, _uncopied(body, body.root.operands[at])) == at
-                given[other] = 0 if at == place else self._value(outer, loop, body, other) if is_kept else None
+            if at == place:
+                given[other] = 0
+            elif at is not None:  # known where each turn hands it on as it was
+                is_kept = _place(body, body.behind(body.root.operands[at], _COPIES).name) == at
+                given[other] = self._value(outer, loop, body, other) if is_kept else None
         return self._integer(body, body.root.operands[place], given)
 
     def _integer(self, computation: Computation, name: str, given: Mapping[str, int | None]) -> int | None:
@@ -200,16 +221,14 @@ class Program:
         values = [self._integer(computation, operand, given) for operand in one.operands]
         if one.opcode == "fusion":
             inner = self.computations[str(one.called("calls"))]
-            parameters = [other for other in inner.instructions.values() if other.opcode == "parameter"]
-            return self._integer(inner, inner.root.name, {p.name: values[int(p.literal)] for p in parameters})
+            names = [parameter.name for parameter in inner.parameters]
+            return self._integer(inner, inner.root.name, dict(zip(names, values, strict=True)))
         known = [value for value in values if value is not None]
         return sum(known) if len(known) == len(values) else None
 
 
-def _uncopied(inside: Computation, name: str) -> str:
-    while inside.instructions[name].opcode in _COPIES:
-        name = inside.instructions[name].operands[0]
-    return name
+def _number(parameter: Instruction) -> int:
+    return int(parameter.literal)
 
 
 def _place(inside: Computation, name: str) -> int | None:

@@ -296,7 +296,7 @@ def jit_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {"optimizer/update_norm": optax.global_norm(updates), "is_finite": is_finite}
         stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        return _where(is_finite, stepped, state), metrics
+        return stepped, metrics
 
     def step(
         state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None
@@ -309,8 +309,9 @@ def jit_step(
             stepped, several = jax.lax.scan(lambda state, number: update(state, number, *fixed), state, numbers)
             is_finite = jnp.all(several["is_finite"])
             metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
-            stepped = _where(is_finite, stepped, state)
-        return dataclasses.replace(stepped, step=state.step + metrics["is_finite"]), metrics
+        stepped = dataclasses.replace(stepped, step=state.step + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state)
+        return state, metrics
 
     whole = replicated(mesh)
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
@@ -320,10 +321,6 @@ def jit_step(
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
-
-
-def _where(is_finite: Array, new: TrainState, old: TrainState) -> TrainState:
-    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
 
 
 def _shardings_of(tree: PyTree) -> PyTree:

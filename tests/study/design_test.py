@@ -111,13 +111,13 @@ def test_only_keeps_the_arms_whose_rates_are_taken(study):
 def test_a_run_has_its_own_settings_seed_and_world(study):
     common = to_dict(from_mapping(compare_small.get_config()))
     before = str(common)
-    config = design.run_config(common, study, Run("b", 3e-4, 1), Path("/root"))
+    config = design.run_config(common, study, Run("b", 3e-4, 1), Path("/study"))
     assert str(common) == before
     assert config.objective.arm == "branch"
     assert config.objective.weights.sft == 0.5
     assert (config.train.seed, config.world.seed, config.optimizer.learning_rate) == (1, 1, 3e-4)
-    assert config.world.path == "/root/worlds/seed-1"
-    assert config.data.eval == "/root/worlds/seed-1/validation.jsonl"  # curves never see the held-out problems
+    assert config.world.path == "/study/worlds/seed-1"
+    assert config.data.eval == "/study/worlds/seed-1/validation.jsonl"  # curves never see the held-out problems
     assert config.eval.every == 5
 
 
@@ -125,5 +125,5 @@ def test_a_run_has_its_own_settings_seed_and_world(study):
 def test_every_run_of_every_section_is_a_valid_config(section):
     study = design.study_from(compare_small.get_study(section))
     common = to_dict(from_mapping(compare_small.get_config(section)))
-    configs = {arm.name: design.run_config(common, study, Run(arm.name, 1e-4, 0), Path("/root")) for arm in study.arms}
+    configs = {arm.name: design.run_config(common, study, Run(arm.name, 1e-4, 0), Path("/study")) for arm in study.arms}
     assert len({str(dataclasses.asdict(config)) for config in configs.values()}) == len(configs), "two arms are one"
