@@ -84,7 +84,8 @@ class Wall:
             processes += _tasks_of(os.getuid())  # without a user of its own the bound counts all of the user's
         return dict(
             uid=self.uid if self.becomes_inside else 0,
-            cpu_s=int(limits.timeout_s) + 2,
+            # Above the wall time that it has: who loops without end is told so by the clock, not by a signal.
+            cpu_s=int(limits.timeout_s + _START_S) + 2,
             file_mb=limits.file_mb,
             files=limits.files,
             memory_mb=limits.memory_mb,
