@@ -113,6 +113,14 @@ _VARIANTS = (
 )
 _CONTROLS = (
     _control("anchor", "the anchor alone", "verify", VERIFY, {"objective.arm": "anchor"}),
+    _control(
+        "verify_evidence_self",
+        "`verify` with α / N = 0.1, the student its own teacher",
+        "verify_evidence",
+        VERIFY,
+        {"objective.prior_strength": 0.1},
+        _SELF,
+    ),
     _control("constant", "`verify`, constant target", "verify", VERIFY, {"audit.control": "constant"}),
     _control("shuffled", "`verify`, scores shuffled across chunks", "verify", VERIFY, {"audit.control": "shuffled"}),
     _control("random", "`verify`, random positions", "verify", VERIFY, {"audit.positions": "random"}),
@@ -181,6 +189,7 @@ _CLAIMS = (
     dict(text="The paper's ablation: peaks of entropy are ahead of random positions", better="verify", worse="random"),
     dict(text="The paper's ablation: the anchor helps", better="verify", worse="no_anchor"),
     dict(text="More than sharpening: `verify` beats its self-teacher", better="verify", worse="verify_self"),
+    dict(text="The same at α / N = 0.1", better="verify_evidence", worse="verify_evidence_self"),
     dict(text="Scores matter: `verify` is ahead of a constant target", better="verify", worse="constant"),
     dict(text="Scores matter: `verify` is ahead of shuffled scores", better="verify", worse="shuffled"),
     dict(text="A baseline helps `verify`", better="verify_loo", worse="verify"),
