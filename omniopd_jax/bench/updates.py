@@ -38,7 +38,7 @@ def update(spec: Spec) -> Work:
         mesh,
         shardings,
         StepOptions(has_trunk=spec["kind"] == "verify", has_anchor=spec["has_anchor"], remat=spec["remat"]),
-    )
+    ).whole
     state = init_state(model, optimizer, shardings)
     tree = _tree(spec, model.config.vocab_size)
     holder: list[Any] = [state]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -33,60 +34,50 @@ class Audit(NamedTuple):
 
 def audit(
     experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
-) -> tuple[list[Evidence], Audit]:
-    """The audit of a batch, micro-batch by micro-batch: one is sampled while the teacher works on the one before.
+) -> Iterator[Audit]:
+    """The audits of a batch's micro-batches, in order: one is sampled while the teacher works on the one before.
 
     Args:
       experiment: the run.
-      parts: the micro-batches, sampled as they are asked for: a batch, its rollout, anchors and branches. Host arrays,
-        whole on every process.
+      parts: the micro-batches: a batch, its rollout, anchors and branches. Host arrays, whole on every process. All are
+        sampled before the first audit is yielded.
       step: for messages and audits.
       interrupts: cut a wait for the teacher short.
-      clock: of the phase "audit", which then runs beside "sample".
+      clock: of the phase "audit", which then runs beside "sample" and "update".
 
-    Returns:
-      The micro-batches, and the audit of all their rows together, whole on every process.
+    Yields:
+      The audit of each micro-batch, whole on every process.
 
     Raises:
       TeacherStopped, Interrupted: on this process.
       PeerStopped, PeerFailed: on another one.
     """
-    sampled: list[Evidence] = []
     lock = threading.Lock()
     teacher = pipeline.Shared(experiment.teacher, lock)
-
-    def sample() -> Iterator[Evidence]:
-        for part in parts:
-            sampled.append(part)
-            yield part
 
     def about(part: Evidence) -> Audit:
         with lock, clock.phase("audit"):
             return ask(experiment, part, teacher, step)
 
-    def one_after_the_other() -> Audit:
-        with interrupts.abandonable():
-            return joined([about(part) for part in sampled])
+    def everywhere(audit: Callable[[], Audit]) -> Audit:
+        return united(distributed.collect(audit))
 
-    def side_by_side() -> Audit:
-        return joined(
-            pipeline.overlapped(
-                sample(),
-                about,
-                waiting=interrupts.abandonable,
-                stop=getattr(experiment.teacher, "cancel", None),
-                # Sampling is a collective: the other processes go on with it whatever happened to this one's teacher.
-                to_the_end=distributed.has_peers(),
-            )
-        )
+    if experiment.config.pipeline.micro_batches == 1:
 
-    if experiment.config.pipeline.micro_batches > 1:
-        found = distributed.collect(side_by_side)
-    else:
-        for _ in sample():
-            pass
-        found = distributed.collect(one_after_the_other)
-    return sampled, united(found)
+        def alone(part: Evidence) -> Audit:
+            with interrupts.abandonable():
+                return about(part)
+
+        return (everywhere(functools.partial(alone, part)) for part in parts)
+    return pipeline.overlapped(
+        parts,
+        about,
+        meet=everywhere,
+        waiting=interrupts.abandonable,
+        stop=getattr(experiment.teacher, "cancel", None),
+        # Sampling is a collective: the other processes go on with it whatever happened to this one's teacher.
+        to_the_end=distributed.has_peers(),
+    )
 
 
 def ask(experiment: Experiment, part: Evidence, teacher: Teacher, step: int) -> Audit:
@@ -129,7 +120,9 @@ def united(parts: Sequence[Audit]) -> Audit:
     if len(parts) == 1:
         return parts[0]
     # No row was asked about twice: where one part has a number the others have 0.
-    verdicts = jax.tree.map(lambda *arrays: np.sum(arrays, axis=0, dtype=arrays[0].dtype), *_arrays(parts))
+    verdicts = jax.tree.map(
+        lambda *arrays: np.sum(arrays, axis=0, dtype=arrays[0].dtype), *(_arrays(part.verdicts) for part in parts)
+    )
     return Audit(
         verdicts=Verdicts(**verdicts),
         # stable: the chunks of a response stay in their order
@@ -142,7 +135,7 @@ def joined(parts: Sequence[Audit]) -> Audit:
     """One audit from those of a batch's micro-batches, asked one after the other; rows follow each other."""
     if len(parts) == 1:
         return parts[0]
-    verdicts = jax.tree.map(lambda *arrays: np.concatenate(arrays), *_arrays(parts))
+    verdicts = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(_arrays(part.verdicts) for part in parts))
     records, offset = [], 0
     for part in parts:
         records += [record | {"response": record["response"] + offset} for record in part.records]
@@ -168,6 +161,13 @@ def rows_of(batch: PromptBatch, count: int) -> list[PromptBatch]:
     ]
 
 
+def filled_up(verdicts: Verdicts, rows: int) -> Verdicts:
+    """The verdicts about the first responses of a batch of `rows`; the teacher has said nothing about the rest."""
+    missing = rows - len(verdicts.score_BxMxN)
+    more = jax.tree.map(lambda array: np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]), _arrays(verdicts))
+    return Verdicts(**more)
+
+
 def whole(parts: Sequence[Evidence], batch: PromptBatch) -> Evidence:
     """What was gathered about a batch, from its micro-batches."""
     if len(parts) == 1:
@@ -176,6 +176,5 @@ def whole(parts: Sequence[Evidence], batch: PromptBatch) -> Evidence:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *gathered)._replace(batch=batch)
 
 
-def _arrays(parts: Sequence[Audit]) -> list[dict[str, np.ndarray | None]]:
-    names = [field.name for field in dataclasses.fields(Verdicts)]
-    return [{name: getattr(part.verdicts, name) for name in names} for part in parts]
+def _arrays(verdicts: Verdicts) -> dict[str, np.ndarray | None]:
+    return {field.name: getattr(verdicts, field.name) for field in dataclasses.fields(verdicts)}

@@ -59,6 +59,13 @@ def puts_weight_on_trunk(config: Config) -> bool:
     return bool({"verify", "sft"} & set(arms)) or ("opd" in arms and config.objective.divergence == "sampled")
 
 
+def is_by_row(config: Config) -> bool:
+    """Whether the weights of a response hang on the teacher's word about this response alone, once all are sampled."""
+    needs, arms = needs_of(config), arms_of(config)
+    has_peers = "verify" in arms and config.objective.baseline == "leave_one_out"
+    return config.audit.control == "none" and not (has_peers or needs.answers or needs.reward)
+
+
 def settings_of(config: Config) -> Settings:
     """The knobs of the arms."""
     objective = config.objective

@@ -38,6 +38,7 @@ from omniopd_jax.train.pipeline import check_staleness
 from omniopd_jax.train.score import Student, make_scorer, make_student
 from omniopd_jax.train.small_world import with_world
 from omniopd_jax.train.step import (
+    Step,
     StepOptions,
     init_state,
     make_step,
@@ -46,7 +47,7 @@ from omniopd_jax.train.step import (
     without_trainable,
 )
 from omniopd_jax.train.teachers import check_white_box, initial_student, teacher_of, white_box
-from omniopd_jax.types import Array, Prompt, Rollout, TokenTree, TrainState
+from omniopd_jax.types import Array, Prompt, Rollout, TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Experiment:
     verify_settings: VerifySettings
     frozen: Model  # the student without what is trained
     student: Student
-    step: Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]
+    step: Step
     evaluator: Evaluator | None
     checkpoints: checkpoint.Checkpoints
     log: RunLog | None  # process 0 writes it

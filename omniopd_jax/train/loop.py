@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from omniopd_jax.config import Config
 from omniopd_jax.data import Tokenizer
 from omniopd_jax.models import Model
 from omniopd_jax.teacher.protocol import Teacher, TeacherStopped, Usage
-from omniopd_jax.train import batching, distributed
+from omniopd_jax.train import distributed
 from omniopd_jax.train.compilation import CompileCounter
 from omniopd_jax.train.evaluation import Evaluator
 from omniopd_jax.train.experiment import Experiment, export, prepare
@@ -26,6 +25,7 @@ from omniopd_jax.train.observation import observe, rollout_lines, step_metrics
 from omniopd_jax.train.progress import Progress, Watch
 from omniopd_jax.train.step import TERMS
 from omniopd_jax.train.stops import CheckpointError, Interrupts, RunStopped, WorkdirError, check_finite
+from omniopd_jax.train.update import Update
 from omniopd_jax.types import Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -156,14 +156,9 @@ def one_step(
 ) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
     """One update on what was observed. Returns (metrics, audits, rollouts)."""
     config, step = experiment.config, index + 1
-    seen = observe(experiment, index, clock, interrupts)
-    with clock.phase("update"):
-        packed = batching.pack(seen.credit.tree)
-        count = len(packed.tokens_BxT) // (config.train.micro_batch_size or config.rollout.batch_size)
-        trees = batching.to_devices(batching.micro_batches(packed, count), experiment.mesh, axis=1)
-        with jax.transfer_guard("disallow"):  # all that an update reads lies on the devices: none waits for the host
-            experiment.state, on_devices = experiment.step(experiment.state, trees)
-        updated = {name: float(value) + 0.0 for name, value in batching.to_host(on_devices).items()}
+    update = Update(experiment, clock)
+    seen = observe(experiment, index, clock, interrupts, update.add)
+    updated = update.apply()
     terms = {name: np.asarray(updated[name]) for name in TERMS if name in updated}
     check_finite(step, terms, is_finite=bool(updated.pop("is_finite")))
 
@@ -175,7 +170,7 @@ def one_step(
         # A ledger knows what was paid for before a crash as well.
         dollars=asked.get("teacher/total_dollars", spent.dollars + asked.get("teacher/dollars", 0.0)),
     )
-    metrics = step_metrics(experiment, index, seen, packed, updated) | seen.asked
+    metrics = step_metrics(experiment, index, seen, update.packed, updated) | seen.asked
     if not config.train.audit_log_every or step % config.train.audit_log_every:
         return metrics, [], []
     return metrics, seen.audits, rollout_lines(experiment, step, seen)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omniopd_jax.config import Config
 from omniopd_jax.train import batching, tally
 from omniopd_jax.train.answers import answers_of
-from omniopd_jax.train.audit import audit, rows_of, whole
-from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
+from omniopd_jax.train.audit import Audit, audit, filled_up, joined, rows_of, whole
+from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, is_by_row, mean_where, needs_of
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts, check_finite
 from omniopd_jax.types import PromptBatch, Rollout, TokenTree
@@ -39,18 +42,48 @@ class Observation(NamedTuple):
         return self.evidence.rollout
 
 
-def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interrupts) -> Observation:
+def parts_learnt(config: Config) -> int:
+    """Parts of a batch whose gradients are taken one by one, each as soon as the teacher is done with it.
+
+    One where there is nothing to wait for, where a response's weights hang on other responses' verdicts, and where a
+    batch is used more than once: then all of it is needed at once.
+    """
+    is_apart = needs_of(config).chunks and is_by_row(config) and config.train.updates_per_batch == 1
+    return config.pipeline.micro_batches if is_apart else 1
+
+
+def observe(
+    experiment: Experiment,
+    index: int,
+    clock: Clock,
+    interrupts: Interrupts,
+    learn: Callable[[TokenTree], None] = lambda tree: None,
+) -> Observation:
     """Prompts → what the arms need of responses, chunks, teacher's texts, answers, rewards → weights, of optimizer step
-    `index` (from 0)."""
+    `index` (from 0).
+
+    `learn` is given the weights of the batch in `parts_learnt` parts, rows in order, each as soon as it is certain.
+    """
     config, needs, step = experiment.config, experiment.needs, index + 1
     evidence = Evidence(experiment.stream.batch_for_step(index))
     # Only a teacher to wait for is worth the smaller batches.
     count = config.pipeline.micro_batches if needs.chunks else 1
     parts = (_respond(experiment, Evidence(part), index, clock) for part in rows_of(evidence.batch, count))
     audits, asked = [], []
+    total = len(evidence.batch.prompts)
+    rows = total // parts_learnt(config)
     if needs.chunks:
-        sampled, (verdicts, audits, of_chunks) = audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)
-        evidence, asked = whole(sampled, evidence.batch)._replace(verdicts=verdicts), [of_chunks]
+        sampled: list[Evidence] = []
+        heard: list[Audit] = []
+        kept = _kept(parts, sampled)
+        with closing(audit(experiment, kept, step=step, interrupts=interrupts, clock=clock)) as audited:
+            for part in audited:
+                heard.append(part)
+                verdicts, audits, of_chunks = joined(heard)
+                evidence = whole(sampled, evidence.batch)._replace(verdicts=filled_up(verdicts, total))
+                asked, end = [of_chunks], len(verdicts.score_BxMxN)
+                if end < total and end % rows == 0:
+                    learn(_rows(give_credit(config, evidence, step).tree, end - rows, end))
     elif needs.responses:
         evidence = next(parts)
     with clock.phase("audit"):
@@ -60,7 +93,18 @@ def observe(experiment: Experiment, index: int, clock: Clock, interrupts: Interr
         if needs.reward:
             evidence = evidence._replace(reward_B=_rewards(experiment, evidence))
         credit = give_credit(config, evidence, step)
+    learn(_rows(credit.tree, total - rows, len(credit.tree.tokens_BxT)))
     return Observation(evidence, credit, _complete(audits, credit), tally.in_turn(asked).metrics)
+
+
+def _kept(parts: Iterable[Evidence], to: list[Evidence]) -> Iterator[Evidence]:
+    for part in parts:
+        to.append(part)
+        yield part
+
+
+def _rows(tree: TokenTree, start: int, end: int) -> TokenTree:
+    return jax.tree.map(lambda array: array[start:end], tree)
 
 
 def _respond(experiment: Experiment, evidence: Evidence, index: int, clock: Clock) -> Evidence:
@@ -103,9 +147,12 @@ def _rewards(experiment: Experiment, evidence: Evidence) -> np.ndarray:
 
 
 def step_metrics(
-    experiment: Experiment, index: int, seen: Observation, packed: TokenTree, updated: Mapping[str, float]
+    experiment: Experiment, index: int, seen: Observation, packed: Sequence[TokenTree], updated: Mapping[str, float]
 ) -> dict[str, float]:
-    """What a step measured, by the names of `metrics.REGISTRY`, the clock's and the teacher's aside."""
+    """What a step measured, by the names of `metrics.REGISTRY`, the clock's and the teacher's aside.
+
+    `packed` is what was computed, part by part.
+    """
     evidence, credit, spent, sums = seen.evidence, seen.credit, experiment.spent, dict(updated)
     mask_BxT = evidence.answers.mask_BxT if evidence.rollout is None and evidence.answers else seen.rollout.mask_BxT
     tokens = max(int(mask_BxT.sum()), 1)
@@ -126,9 +173,9 @@ def step_metrics(
     if evidence.anchors is not None:
         metrics |= _audit_metrics(evidence, credit, experiment.config.audit.chunk_tokens)
     if credit.tree.branch_start_BxR.shape[1]:
-        kept = int((packed.branch_weight_BxRxC != 0).any(axis=2).sum())
+        kept = sum(int((part.branch_weight_BxRxC != 0).any(axis=2).sum()) for part in packed)
         metrics["branch/kept"] = kept / len(mask_BxT)
-        metrics["branch/packed"] = kept / max(packed.branch_start_BxR.size, 1)
+        metrics["branch/packed"] = kept / max(sum(part.branch_start_BxR.size for part in packed), 1)
     if evidence.answers is not None:
         length_B = evidence.answers.mask_BxT.sum(axis=1)
         metrics["sft/answer_tokens"] = mean_where(length_B, length_B > 0)

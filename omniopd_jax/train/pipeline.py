@@ -1,21 +1,30 @@
-"""Rollout and audit of one batch side by side: a micro-batch is sampled while the teacher works on the one before.
+"""Rollout, audit and gradients of one batch side by side: while the teacher works on one micro-batch, the next is
+sampled; once all are sampled, gradients are taken of those that it is done with.
 
-All micro-batches are sampled with the same parameters and one update follows at the end, so the overlap changes when
+All of it happens under the same parameters and one optimizer step follows at the end, so the overlap changes when
 things happen and nothing else: what a micro-batch's rows draw and are asked is a function of the step and the row.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 from omniopd_jax.config import Config, ConfigError
-from omniopd_jax.teacher.protocol import ContinuationRequest, ContinuationResult, Teacher
+from omniopd_jax.teacher.protocol import (
+    BudgetExhausted,
+    ContinuationRequest,
+    ContinuationResult,
+    Teacher,
+    TeacherStopped,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def check_staleness(config: Config) -> None:
@@ -32,33 +41,48 @@ def overlapped(
     first: Iterable[S],
     second: Callable[[S], T],
     *,
+    meet: Callable[[Callable[[], T]], R],
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     stop: Callable[[], Any] | None = None,
     to_the_end: bool = False,
-) -> list[T]:
-    """[second(item) for item in first], each `second` on a thread of its own that starts as soon as its item is there.
+) -> Iterator[R]:
+    """meet(lambda: second(item)) for each item in order; every `second` runs on a thread of its own, which starts as
+    soon as its item is there. All items are made before the first of these is yielded.
 
     Args:
       first: its items are made on this thread, one after the other.
       second: must not enter a collective: the threads' order differs from process to process.
+      meet: called on this thread, item by item; may be a collective.
       waiting: entered while this thread only waits for `second`.
-      stop: called when this thread gives up while a `second` works, to cut that short.
+      stop: called when this thread gives up while a `second` works, to cut that short. A teacher that stopped, here or
+        on another process, cuts nothing short: what is being answered is paid for.
       to_the_end: all items are made even where `second` has failed.
 
     Raises:
       Exception: that of the first item whose `second` raised.
     """
     works: list[_Work[T]] = []
+
+    def result(work: _Work[T]) -> T:
+        with waiting():
+            return work.result()
+
     try:
         for item in first:
             works.append(_Work(second, item))
             if not to_the_end and any(work.error is not None for work in works):
                 break
-        with waiting():
-            return [work.result() for work in works]
-    except BaseException:
-        if stop is not None and any(work.is_running for work in works):
-            stop()
+        for work in works:
+            yield meet(functools.partial(result, work))
+    except BaseException as error:
+        try:
+            if getattr(error, "exit_code", None) in (TeacherStopped.exit_code, BudgetExhausted.exit_code):
+                with waiting():
+                    for work in works:
+                        work.wait()
+        finally:
+            if stop is not None and any(work.is_running for work in works):
+                stop()
         raise
 
 
@@ -76,9 +100,12 @@ class _Work(Generic[T]):
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    def wait(self) -> None:
+        self._thread.join()
+
     def result(self) -> T:
         """Waits, and returns or raises what came of it."""
-        self._thread.join()
+        self.wait()
         if self.error is not None:
             raise self.error
         return self._result[0]

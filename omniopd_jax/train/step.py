@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from omniopd_jax.algo.losses import TOKEN_FIELDS, k3_kl, token_loss, tree_loss
 from omniopd_jax.models import Model, decoder
 from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, spread_tree, trainable_axes
 from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
+
+Metrics = dict[str, Array]  # scalars
+Sums = tuple[PyTree, Metrics]  # gradients and terms, float32, over some of a step's micro-batches
 
 # What a step checks, in the order in which a fault would spread; a main names the first.
 TERMS = (
@@ -220,7 +224,10 @@ def gradients(
     options: StepOptions,
     teacher: Model | None = None,
 ) -> tuple[PyTree, dict[str, Array]]:
-    """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other."""
+    """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other.
+
+    Sums of several are in float32, whatever the parameters' dtype: bfloat16 would lose the small parts.
+    """
 
     def loss(params: PyTree, tree: TokenTree) -> tuple[Array, dict[str, Array]]:
         return tree_terms(with_trainable(frozen, params), reference, tree, options, teacher)
@@ -235,10 +242,22 @@ def gradients(
         return jax.tree.map(jnp.add, total, part(tree)), None
 
     shapes = jax.eval_shape(part, jax.tree.map(lambda array: array[0], trees))
-    # Sums in float32, whatever the parameters' dtype: a sum of many bfloat16 parts would lose the small ones.
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    total, _ = jax.lax.scan(add, zero, trees)
-    return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), total, shapes)
+    return jax.lax.scan(add, zero, trees)[0]
+
+
+class Step(NamedTuple):
+    """The compiled step, whole or in parts. States passed in are donated, and sums that are added to.
+
+    `trees` is a TokenTree of micro-batches, [A, B / A, …], on the devices. A step is `options.updates` updates of the
+    optimizer on these trees; the metrics are those of the last. In parts it is one update on the sum of all that was
+    added. A step in which anything is not finite changes nothing: the state that comes back is the one that went in,
+    and metrics["is_finite"] is False.
+    """
+
+    whole: Callable[[TrainState, TokenTree], tuple[TrainState, Metrics]]
+    add: Callable[[Sums | None, PyTree, TokenTree], Sums]  # sums so far, the state's params, trees
+    apply: Callable[[TrainState, Sums], tuple[TrainState, Metrics]]
 
 
 def make_step(
@@ -250,15 +269,22 @@ def make_step(
     shardings: TrainState,
     options: StepOptions,
     teacher: Model | None = None,
-) -> Callable[[TrainState, TokenTree], tuple[TrainState, dict[str, Array]]]:
-    """Compiles to step(state, trees) → (state, metrics); the state passed in is donated.
+) -> Step:
+    """Compiles, at the first call of each and for each bucket of shapes."""
+    whole = jit_step(frozen, reference, optimizer, schedule, mesh, shardings, options, teacher)
+    add = jit_add(frozen, reference, mesh, shardings, options, teacher)
+    apply = jit_apply(optimizer, schedule, mesh, shardings)
 
-    `trees` is a TokenTree of micro-batches, [A, B / A, …], on the devices. One step is `options.updates` updates of the
-    optimizer on these trees; the metrics are those of the last. A step in which anything is not finite changes nothing:
-    the state that comes back is the one that went in, and metrics["is_finite"] is False.
-    """
-    compiled = jit_step(frozen, reference, optimizer, schedule, mesh, shardings, options, teacher)
-    return lambda state, trees: compiled(state, frozen, reference, trees, teacher)
+    nothing: list[Callable[[], Sums]] = []  # the first sums: which terms there are, trees tell
+
+    def add_to(sums: Sums | None, params: PyTree, trees: TokenTree) -> Sums:
+        if not nothing:
+            shapes = jax.eval_shape(lambda *given: _sums(*given, options), frozen, params, reference, trees, teacher)
+            zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            nothing.append(jax.jit(zeros, out_shardings=(shardings.params, replicated(mesh))))
+        return add(nothing[0]() if sums is None else sums, frozen, params, reference, trees, teacher)
+
+    return Step(lambda state, trees: whole(state, frozen, reference, trees, teacher), add_to, apply)
 
 
 def jit_step(
@@ -271,56 +297,119 @@ def jit_step(
     options: StepOptions,
     teacher: Model | None = None,
 ) -> Any:
-    """The jitted function of (state, frozen, reference, trees, teacher) behind `make_step`.
+    """The jitted function of (state, frozen, reference, trees, teacher) behind `Step.whole`.
 
     Of `frozen`, `reference` and `teacher` only shapes, dtypes and shardings are read here: a planner lowers it from
     those alone.
     """
 
-    def update(
-        state: TrainState,
-        number: Array,
-        frozen: Model,
-        reference: Model | None,
-        trees: TokenTree,
-        teacher: Model | None,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        grads, metrics = gradients(frozen, state.params, reference, trees, options, teacher)
-        metrics = metrics | {
-            "optimizer/grad_norm": optax.global_norm(grads),
-            "optimizer/learning_rate": jnp.asarray(schedule(number), jnp.float32),
-        }
-        # Where the gradients' squares have a finite sum, AdamW's moments and update are finite. To wait for the norm of
-        # the update would keep both moments and the update of every parameter until the last is known.
-        is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS if name in metrics])))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {"optimizer/update_norm": optax.global_norm(updates), "is_finite": is_finite}
-        stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        return stepped, metrics
-
     def step(
         state: TrainState, frozen: Model, reference: Model | None, trees: TokenTree, teacher: Model | None
-    ) -> tuple[TrainState, dict[str, Array]]:
-        fixed = (frozen, reference, trees, teacher)
+    ) -> tuple[TrainState, Metrics]:
+        def update(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
+            grads, terms = gradients(frozen, state.params, reference, trees, options, teacher)
+            return _updated(state, grads, terms, number, optimizer, schedule)
+
         if options.updates == 1:
-            stepped, metrics = update(state, state.step, *fixed)
+            stepped, metrics = update(state, state.step)
         else:
             numbers = state.step * options.updates + jnp.arange(options.updates)
-            stepped, several = jax.lax.scan(lambda state, number: update(state, number, *fixed), state, numbers)
+            stepped, several = jax.lax.scan(update, state, numbers)
             is_finite = jnp.all(several["is_finite"])
             metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
-        stepped = dataclasses.replace(stepped, step=state.step + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state)
-        return state, metrics
+        return _kept(state, stepped, metrics)
 
-    whole = replicated(mesh)
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
     return jax.jit(
         step,
         in_shardings=(shardings, of_frozen, of_reference, batch_sharding(mesh, axis=1), of_teacher),
-        out_shardings=(shardings, whole),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def jit_add(
+    frozen: Model,
+    reference: Model | None,
+    mesh: Mesh,
+    shardings: TrainState,
+    options: StepOptions,
+    teacher: Model | None = None,
+) -> Any:
+    """The jitted function of (sums, frozen, params, reference, trees, teacher) behind `Step.add`."""
+
+    def add(
+        sums: Sums, frozen: Model, params: PyTree, reference: Model | None, trees: TokenTree, teacher: Model | None
+    ) -> Sums:
+        return jax.tree.map(jnp.add, sums, _sums(frozen, params, reference, trees, teacher, options))
+
+    of_sums = (shardings.params, replicated(mesh))
+    of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
+    return jax.jit(
+        add,
+        in_shardings=(of_sums, of_frozen, shardings.params, of_reference, batch_sharding(mesh, axis=1), of_teacher),
+        out_shardings=of_sums,
+        donate_argnums=0,
+    )
+
+
+def jit_apply(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, shardings: TrainState
+) -> Any:
+    """The jitted function of (state, sums) behind `Step.apply`."""
+
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
+        return _kept(state, *_updated(state, *sums, state.step, optimizer, schedule))
+
+    return jax.jit(
+        apply,
+        in_shardings=(shardings, (shardings.params, replicated(mesh))),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _sums(
+    frozen: Model,
+    params: PyTree,
+    reference: Model | None,
+    trees: TokenTree,
+    teacher: Model | None,
+    options: StepOptions,
+) -> Sums:
+    """`gradients` that are to be added to others: in float32, however many they are."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), gradients(frozen, params, reference, trees, options, teacher)
+    )
+
+
+def _updated(
+    state: TrainState,
+    grads: PyTree,
+    terms: Metrics,
+    number: Array,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    """Update `number` of the optimizer, with what is to be known about it."""
+    grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, state.params)
+    metrics = terms | {
+        "optimizer/grad_norm": optax.global_norm(grads),
+        "optimizer/learning_rate": jnp.asarray(schedule(number), jnp.float32),
+    }
+    # Where the gradients' squares have a finite sum, AdamW's moments and update are finite. To wait for the norm of
+    # the update would keep both moments and the update of every parameter until the last is known.
+    is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS if name in metrics])))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics |= {"optimizer/update_norm": optax.global_norm(updates), "is_finite": is_finite}
+    stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return stepped, metrics
+
+
+def _kept(state: TrainState, stepped: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """The state after the step; where anything was not finite, the state before it."""
+    stepped = dataclasses.replace(stepped, step=state.step + 1)
+    return jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state), metrics
 
 
 def _shardings_of(tree: PyTree) -> PyTree:

@@ -103,7 +103,7 @@ def train_on_texts(
         StepOptions(
             has_trunk=True, has_anchor=False, block_tokens=max(512, _LOGITS_A_BLOCK // model.config.vocab_size)
         ),
-    )
+    ).whole
     for number, chosen in enumerate(_batches(len(prompts), batch_size, steps, seed), start=1):
         mask_BxT = after_mask[chosen]
         tree = _tree(before[chosen], before_mask[chosen], after[chosen], mask_BxT)

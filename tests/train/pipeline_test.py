@@ -1,5 +1,6 @@
 """Overlap changes when things happen and nothing else."""
 
+import functools
 import os
 import signal
 import threading
@@ -10,12 +11,18 @@ import numpy as np
 import pytest
 
 from omniopd_jax.config import ConfigError
-from omniopd_jax.teacher.protocol import Continuation, TeacherStopped
+from omniopd_jax.teacher.protocol import BudgetExhausted, Continuation, TeacherStopped
 from omniopd_jax.teacher.scripted import ScriptedTeacher
-from omniopd_jax.train import loop, pipeline, tally
+from omniopd_jax.train import audit, loop, pipeline, tally
+from omniopd_jax.train.distributed import PeerStopped
 from omniopd_jax.train.pipeline import overlapped
 from omniopd_jax.train.stops import Interrupted
+from omniopd_jax.train.update import Update
 from tests.train.conftest import read_lines, tiny_config
+
+
+def alone(work):
+    return work()
 
 
 def test_results_come_in_the_order_of_the_items():
@@ -25,7 +32,7 @@ def test_results_come_in_the_order_of_the_items():
         time.sleep(delay)
         return delay
 
-    assert overlapped(iter(delays), slow) == delays
+    assert list(overlapped(iter(delays), slow, meet=alone)) == delays
 
 
 def test_an_item_is_made_while_the_one_before_is_worked_on():
@@ -40,7 +47,20 @@ def test_an_item_is_made_while_the_one_before_is_worked_on():
         assert item == 2 or is_made.wait(10), "the second item waits for the first one's work"
         return item
 
-    assert overlapped(items(), work) == [1, 2]
+    assert list(overlapped(items(), work, meet=alone)) == [1, 2]
+
+
+def test_a_result_is_there_while_the_next_is_worked_on():
+    is_taken = threading.Event()
+
+    def work(item):
+        assert item == 1 or is_taken.wait(10), "the first result waits for the second one's work"
+        return item
+
+    results = overlapped([1, 2], work, meet=alone)
+    assert next(results) == 1
+    is_taken.set()
+    assert next(results) == 2
 
 
 @pytest.mark.parametrize("to_the_end", [False, True])
@@ -57,22 +77,54 @@ def test_a_failure_is_raised_and_other_processes_are_not_left_alone(to_the_end):
         raise TeacherStopped(f"no answer to {number}")
 
     with pytest.raises(TeacherStopped, match="no answer to 0"):
-        overlapped(items(), work, stop=lambda: stops.append(1), to_the_end=to_the_end)
+        list(overlapped(items(), work, meet=alone, stop=lambda: stops.append(1), to_the_end=to_the_end))
     assert made == ([0, 1, 2, 3] if to_the_end else [0])
     assert not stops, "nobody works any more"
 
 
-def test_what_still_works_is_stopped():
-    released = threading.Event()
+def one_fails(error, released):
+    """The first work fails while the second goes on until it is released."""
 
     def work(number):
         if number == 0:
-            raise TeacherStopped("gone")
-        released.wait(10)
+            raise error
+        assert released.wait(10)
 
-    with pytest.raises(TeacherStopped, match="gone"):
-        overlapped([0, 1], work, stop=released.set, to_the_end=True)
+    return overlapped([0, 1], work, meet=alone, stop=released.set, to_the_end=True)
+
+
+def test_what_still_works_is_stopped():
+    released = threading.Event()
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(one_fails(RuntimeError("a bug"), released))
     assert released.is_set()
+
+
+def test_who_takes_no_more_results_stops_what_still_works():
+    released = threading.Event()
+    results = overlapped([0, 1], lambda number: number and released.wait(10), meet=alone, stop=released.set)
+    assert next(results) == 0
+    results.close()
+    assert released.is_set()
+
+
+@pytest.mark.parametrize("error", [TeacherStopped("gone"), BudgetExhausted("spent"), PeerStopped(1, "gone", 3)])
+def test_answers_under_way_are_waited_for_when_a_teacher_stops(error):
+    released = threading.Event()
+    threading.Timer(0.2, released.set).start()
+    stops = []
+    results = overlapped(
+        [0, 1], lambda number: released.wait(10) if number else _raise(error), meet=alone, stop=lambda: stops.append(1)
+    )
+    with pytest.raises(type(error)):
+        list(results)
+    assert released.is_set(), "the second answer was paid for"
+    assert not stops
+
+
+def _raise(error):
+    time.sleep(0.05)  # the other one is started by then
+    raise error
 
 
 def test_older_parameters_are_refused_with_the_reason():
@@ -128,9 +180,10 @@ def side_by_side(distil, tmp_path_factory):
     return workdir, distil(workdir, teacher, **{"pipeline.micro_batches": 4}), teacher
 
 
-def one_after_the_other(first, second, **options):
+def one_after_the_other(first, second, *, meet, **options):
     del options
-    return [second(item) for item in first]
+    for item in list(first):
+        yield meet(functools.partial(second, item))
 
 
 def lines_of(workdir, name):
@@ -152,6 +205,34 @@ def test_overlapped_or_one_after_the_other_is_bitwise_the_same(side_by_side, dis
     jax.tree.map(np.testing.assert_array_equal, result.model.params, alone.model.params)
     for name in ("metrics", "audits", "rollouts"):
         assert lines_of(workdir, name) == lines_of(tmp_path, name), name
+
+
+def test_gradients_are_taken_while_the_teacher_works_on_the_last_part(side_by_side, distil, monkeypatch, tmp_path):
+    taken, here, ask, add = [], threading.local(), audit.ask, Update.add
+
+    class Patient(SlowTeacher):
+        """Answers the last part of a step once the gradients of the others are under way."""
+
+        def continue_texts(self, requests):
+            deadline = time.monotonic() + 60
+            while here.is_last and len(taken) % 4 < 3:
+                assert time.monotonic() < deadline, f"{len(taken)} parts are learnt from"
+                time.sleep(0.01)
+            return super().continue_texts(requests)
+
+    def asking(experiment, part, *rest):
+        here.is_last = part.batch.sample_index_B[-1] % 8 == 7
+        return ask(experiment, part, *rest)
+
+    def taking(update, tree):
+        add(update, tree)
+        taken.append(len(tree.tokens_BxT))
+
+    monkeypatch.setattr(audit, "ask", asking)
+    monkeypatch.setattr(Update, "add", taking)
+    result = distil(tmp_path, Patient(0.0), **{"pipeline.micro_batches": 4})
+    assert taken == [2] * 8
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, side_by_side[1].model.params)
 
 
 def test_the_split_changes_no_question_and_no_figure(side_by_side, distil, tmp_path):

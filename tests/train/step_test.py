@@ -234,7 +234,7 @@ def stepper(model, reference, make_config):
         mesh,
         shardings,
         OPTIONS,
-    )
+    ).whole
 
     def fresh():
         return init_state(model, optimizer, shardings)
@@ -357,7 +357,7 @@ def test_several_updates_on_a_batch_are_as_many_steps_on_it(model, reference, ma
     def run(steps, updates):
         options = dataclasses.replace(OPTIONS, has_trunk=False, has_anchor=False, updates=updates)
         schedule = learning_rate_schedule(config.optimizer, 10)
-        step = make_step(without_trainable(model), None, optimizer, schedule, mesh, shardings, options)
+        step = make_step(without_trainable(model), None, optimizer, schedule, mesh, shardings, options).whole
         state, metrics = init_state(model, optimizer, shardings), []
         for _ in range(steps):
             state, found = step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))

@@ -1,0 +1,61 @@
+"""One step's update, gathered while the teacher still works on other parts of its batch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+
+from omniopd_jax.train import batching
+from omniopd_jax.train.experiment import Experiment
+from omniopd_jax.train.observation import parts_learnt
+from omniopd_jax.train.step import Sums
+from omniopd_jax.types import TokenTree
+
+if TYPE_CHECKING:
+    from omniopd_jax.train.loop import Clock
+
+
+class Update:
+    """Takes a batch's weights in `parts_learnt` parts, then changes the experiment's state once.
+
+    A batch that comes whole has gradients and update in one program, which needs no memory between the two.
+    """
+
+    def __init__(self, experiment: Experiment, clock: Clock):
+        self.packed: list[TokenTree] = []  # what the devices computed, part by part; host arrays
+        self._experiment = experiment
+        self._clock = clock
+        self._parts = parts_learnt(experiment.config)
+        self._sums: Sums | None = None
+
+    def add(self, tree: TokenTree) -> None:
+        """The weights of some rows. Their gradients are under way when this returns; it waits for nothing."""
+        with self._clock.phase("update"):
+            self.packed.append(batching.pack(tree))
+            if self._parts > 1:
+                experiment, trees = self._experiment, self._on_devices(self.packed[-1])
+                with jax.transfer_guard("disallow"):
+                    self._sums = experiment.step.add(self._sums, experiment.state.params, trees)
+
+    def apply(self) -> dict[str, float]:
+        """Changes the state, and returns what the step says of itself."""
+        experiment = self._experiment
+        with self._clock.phase("update"):
+            if self._sums is None:
+                (whole,) = self.packed
+                trees = self._on_devices(whole)
+                # All that an update reads lies on the devices: none waits for the host.
+                with jax.transfer_guard("disallow"):
+                    experiment.state, metrics = experiment.step.whole(experiment.state, trees)
+            else:
+                with jax.transfer_guard("disallow"):
+                    experiment.state, metrics = experiment.step.apply(experiment.state, self._sums)
+            return {name: float(value) + 0.0 for name, value in batching.to_host(metrics).items()}
+
+    def _on_devices(self, packed: TokenTree) -> TokenTree:
+        rows, config = len(packed.tokens_BxT), self._experiment.config
+        # A part of a batch may be no multiple of a micro-batch; responses with answers are two batches.
+        size = math.gcd(rows, config.train.micro_batch_size or config.rollout.batch_size)
+        return batching.to_devices(batching.micro_batches(packed, rows // size), self._experiment.mesh, axis=1)
