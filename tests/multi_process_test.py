@@ -133,6 +133,15 @@ def test_one_process_s_teacher_stops_all_and_one_process_goes_on_from_their_chec
 
 
 @pytest.mark.slow
+def test_parts_learnt_one_by_one_on_two_processes(folder, one):
+    whole = done(folder, 1, "whole", fault="apart")
+    assert_same_run(done(folder, 2, "parts", fault="apart, in parts"), whole)
+    run = Run(folder, 2, "parts_stopped", fault="apart, in parts, teacher")
+    assert run.codes() == [3, 3], run.text
+    assert os.listdir(folder / "parts_stopped" / "checkpoints") == [str(FAULTY_STEP - 1)]
+
+
+@pytest.mark.slow
 def test_four_processes_on_a_mesh_of_eight_devices(folder, one):
     assert_same_run(done(folder, 4, "four", fault="mesh", devices=2), one)
 
@@ -218,8 +227,8 @@ def main(folder: Path, name: str, fault: str) -> None:
     finished = []
 
     def answer(request):
-        if is_last and len(finished) == FAULTY_STEP - 1 and fault in ("teacher", "bug"):
-            raise TeacherStopped("The teacher is gone.") if fault == "teacher" else KeyError("a bug")
+        if is_last and len(finished) == FAULTY_STEP - 1 and ("teacher" in fault or fault == "bug"):
+            raise KeyError("a bug") if fault == "bug" else TeacherStopped("The teacher is gone.")
         texts = ("add 1 and 2 with 0 gives", "7 plus 5 makes 1 2")
         return [Continuation(texts[(request.seed + i) % 2], "length") for i in range(request.n)]
 
@@ -229,7 +238,9 @@ def main(folder: Path, name: str, fault: str) -> None:
             "train.steps": 10**6 if fault == "endless" else STEPS,
             "train.checkpoint_every": 0 if fault == "endless" else 3,
             "train.compilation_cache": str(folder / "compiled"),
-            "objective.baseline": "leave_one_out",
+            # one that needs other responses' verdicts, or one of a response's own, which lets parts be learnt apart
+            "objective.baseline": "teacher_agreement" if "apart" in fault else "leave_one_out",
+            "pipeline.micro_batches": 2 if "parts" in fault else 1,
             "rollout.samples_per_prompt": 2,
             "optimizer.warmup_steps": 0,
             "optimizer.learning_rate": 1.0,

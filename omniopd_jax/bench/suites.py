@@ -196,7 +196,7 @@ def step(options: Options) -> Iterator[Contest]:
     """Whole steps of a run beside a teacher that is as slow as the devices."""
     for model in options.models or ("A",):
         shape = dict(
-            batch=_size(options.batch, 16), prompt_tokens=12, new_tokens=_size(options.new_tokens, 96),
+            batch=_size(options.batch, 32), prompt_tokens=12, new_tokens=_size(options.new_tokens, 64),
             chunks=4, chunk_tokens=8,
         )  # fmt: skip
 
@@ -206,7 +206,7 @@ def step(options: Options) -> Iterator[Contest]:
             return _spec(options, model, "step", config=config)
 
         yield Contest(
-            "step, slow teacher", model, shape, [Entrant("ours", spec(4)), Entrant("no overlap", spec(1))],
+            "step, slow teacher", model, shape, [Entrant("ours", spec(8)), Entrant("no overlap", spec(1))],
             tokens=0, cost=None,
         )  # fmt: skip
 
