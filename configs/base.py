@@ -138,7 +138,7 @@ def get_config() -> ConfigDict:
                 compilation_cache="auto",  # folder of jax's persistent cache; "auto": the user's cache folder; "off"
             ),
             pipeline=dict(
-                micro_batches=1,  # parts of a batch: one is sampled while the teacher works on the one before
+                micro_batches=1,  # parts of a batch: the teacher works on one while others are sampled and learnt from
                 staleness=0,  # 0: the student samples with the parameters that the step updates; no other value
             ),
             mesh=dict(

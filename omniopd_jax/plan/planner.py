@@ -15,6 +15,7 @@ from omniopd_jax.plan.students import find_student
 from omniopd_jax.plan.topology import Topology
 from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 from omniopd_jax.train import sharding
+from omniopd_jax.train.pipeline import micro_batch, parts_learnt, parts_sampled
 from omniopd_jax.train.small_world import model_config
 from omniopd_jax.types import InputError
 from omniopd_jax.worlds import get_world
@@ -34,22 +35,27 @@ class Plan:
     config: Config
     micro_batch: int  # responses that the step computes at a time
     held: Mapping[str, int]  # parameters, optimizer, reference: all the time; cache: while responses are sampled
-    step: Compiled
     others: tuple[Compiled, ...]  # sampling and scoring, in the order of a step
+    update: tuple[Compiled, ...]  # the step, or the gradients of its parts and the optimizer's update
     tried: Mapping[int, bool]  # micro-batch → fits, of a search
     teacher: str  # projected cost of a teacher behind an API
 
     @property
     def programs(self) -> tuple[Compiled, ...]:
-        return (*self.others, self.step)
+        return (*self.others, *self.update)
 
     def peak(self, program: Compiled) -> float:
         """Bytes in use while a program runs: its own, and what lies beside it untouched."""
-        if program is self.step:
-            shared = self.held["parameters"] if self.config.lora.rank > 0 and self.held["reference"] else 0
-            return program.peak - shared  # adapters: base and reference are the same arrays, handed in twice
-        beside = self.held["optimizer"] + (self.held["reference"] if self.config.lora.rank == 0 else 0)
-        return program.peak + beside
+        held, has_adapters = self.held, self.config.lora.rank > 0
+        # Adapters: base and reference are the same arrays, handed in twice where both are handed in.
+        shared = held["parameters"] if has_adapters and held["reference"] else 0
+        beside = {
+            "step": -shared,
+            "gradients": held["optimizer"] - shared,
+            "update": held["parameters"] if has_adapters else held["reference"],
+        }
+        sampling = held["optimizer"] + (0 if has_adapters else held["reference"])
+        return program.peak + beside.get(program.name, sampling)
 
     @property
     def capacity(self) -> float | None:
@@ -117,20 +123,25 @@ def make_plan(
         "parameters": programs.bytes_a_chip(shapes.student.params),
         "optimizer": programs.bytes_a_chip(shapes.state.opt_state),
         "reference": 0 if shapes.reference is None else programs.bytes_a_chip(shapes.reference.params),
-        "cache": programs.cache_bytes(shapes),
+        "cache": programs.cache_bytes(programs.a_part(shapes, parts_sampled(config))),
     }
     if config.lora.rank > 0:
         held["adapters"] = programs.bytes_a_chip(shapes.state.params)
     progress("sampling")
-    others = (*programs.compile_sampling(shapes), *programs.compile_scoring(shapes))
+    parts = parts_sampled(config)
+    part = programs.a_part(shapes, parts)
+    others = tuple(
+        dataclasses.replace(one, runs=one.runs * parts)
+        for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
+    )
 
-    def at(micro_batch: int) -> Plan:
-        progress(f"the step in micro-batches of {micro_batch}")
-        step = programs.compiled("step", programs.lower_step(shapes, micro_batch), mesh)
-        return Plan(topology, dict(mesh.shape), name, config, micro_batch, held, step, others, {}, teacher)
+    def at(size: int) -> Plan:
+        progress(f"the step in micro-batches of {size}")
+        update = tuple(programs.compile_update(shapes, size))
+        return Plan(topology, dict(mesh.shape), name, config, size, held, others, update, {}, teacher)
 
     if not search:
-        return at(config.train.micro_batch_size or config.rollout.batch_size)
+        return at(micro_batch(config))
     if topology.chip is None:
         raise InputError("--micro_batch=search needs a TPU topology: a CPU's memory is not known.")
     return largest(shapes, at)
@@ -138,15 +149,16 @@ def make_plan(
 
 def largest(shapes: Shapes, at: Callable[[int], Plan]) -> Plan:
     """The plan of the largest micro-batch whose step fits, by bisection; of the smallest where none does."""
-    shares, batch = sharding.batch_shares(shapes.mesh), shapes.config.rollout.batch_size
-    sizes = [size for size in range(shares, batch + 1, shares) if batch % size == 0]
+    shares, config = sharding.batch_shares(shapes.mesh), shapes.config
+    rows = config.rollout.batch_size // parts_learnt(config)
+    sizes = [size for size in range(shares, rows + 1, shares) if rows % size == 0]
     low, high, best = 0, len(sizes), None  # sizes below `low` fit, those from `high` on do not
     tried: dict[int, bool] = {}
     while low < high:
         middle = (low + high) // 2
         found = at(sizes[middle])
         capacity = found.capacity or 0.0
-        tried[sizes[middle]] = not found.step.too_large and found.peak(found.step) <= capacity
+        tried[sizes[middle]] = all(not one.too_large and found.peak(one) <= capacity for one in found.update)
         if tried[sizes[middle]]:
             best, low = found, middle + 1
         else:

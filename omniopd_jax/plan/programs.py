@@ -33,8 +33,17 @@ from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.train import sharding
 from omniopd_jax.train.experiment import step_options
 from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.pipeline import parts_learnt
 from omniopd_jax.train.score import make_student
-from omniopd_jax.train.step import jit_step, state_shardings, trainable, without_trainable
+from omniopd_jax.train.step import (
+    jit_add,
+    jit_apply,
+    jit_step,
+    state_shardings,
+    sums_of,
+    trainable,
+    without_trainable,
+)
 from omniopd_jax.types import Anchors, PyTree, Rollout, TokenTree, TrainState
 
 # Of a TPU program that does not fit: what it would use, in either of the compiler's sentences.
@@ -123,8 +132,42 @@ def run_shapes(config: Config, decoder: DecoderConfig, mesh: Mesh, compute_dtype
     return Shapes(config, mesh, student, reference, _placed(state, shardings), shardings)
 
 
+def a_part(shapes: Shapes, parts: int) -> Shapes:
+    """The same run with batches of one of `parts` parts."""
+    rollout = shapes.config.rollout
+    rollout = dataclasses.replace(rollout, batch_size=rollout.batch_size // parts)
+    return dataclasses.replace(shapes, config=dataclasses.replace(shapes.config, rollout=rollout))
+
+
 def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
     """The training step over a whole batch in micro-batches of so many responses."""
+    config, mesh, fixed = shapes.config, shapes.mesh, (without_trainable(shapes.student), shapes.reference)
+    jitted = jit_step(*fixed, *_optimizer(config), mesh, shapes.shardings, step_options(config, mesh))
+    return jitted.lower(shapes.state, *fixed, _trees(shapes, micro_batch), None)
+
+
+def compile_update(shapes: Shapes, micro_batch: int) -> list[Compiled]:
+    """The training step; or, where a batch is learnt from in parts, the gradients of one and the optimizer's update."""
+    config, mesh, parts = shapes.config, shapes.mesh, parts_learnt(shapes.config)
+    if parts == 1:
+        return [compiled("step", lower_step(shapes, micro_batch), mesh)]
+    frozen, params, options = without_trainable(shapes.student), shapes.state.params, step_options(config, mesh)
+    given = (frozen, params, shapes.reference, _trees(a_part(shapes, parts), micro_batch), None)
+    sums = jax.eval_shape(lambda *given: sums_of(*given, options), *given)
+    sums = _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: sharding.replicated(mesh), sums[1])))
+    lowered = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options).lower(sums, *given)
+    gradients = dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
+    lowered = jit_apply(*_optimizer(config), mesh, shapes.shardings).lower(shapes.state, sums)
+    return [gradients, compiled("update", lowered, mesh)]
+
+
+def _optimizer(config: Config) -> tuple[Any, Any]:
+    steps = config.train.steps
+    return make_optimizer(config.optimizer, steps), learning_rate_schedule(config.optimizer, steps)
+
+
+def _trees(shapes: Shapes, micro_batch: int) -> TokenTree:
+    """A batch of weights in micro-batches."""
     config, mesh = shapes.config, shapes.mesh
     count = config.rollout.batch_size // micro_batch
     prompt, response, width = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.audit.chunk_tokens
@@ -133,7 +176,7 @@ def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
     def array(*rest: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, micro_batch, *rest), dtype, sharding=sharding.batch_sharding(mesh, axis=1))
 
-    trees = TokenTree(
+    return TokenTree(
         prompt_tokens_BxP=array(prompt, dtype=jnp.int32),
         prompt_mask_BxP=array(prompt, dtype=bool),
         tokens_BxT=array(response, dtype=jnp.int32),
@@ -145,17 +188,6 @@ def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
         branch_weight_BxRxC=array(slots, width),
         branch_start_BxR=array(slots, dtype=jnp.int32),
     )
-    frozen = without_trainable(shapes.student)
-    jitted = jit_step(
-        frozen,
-        shapes.reference,
-        make_optimizer(config.optimizer, config.train.steps),
-        learning_rate_schedule(config.optimizer, config.train.steps),
-        mesh,
-        shapes.shardings,
-        step_options(config, mesh),
-    )
-    return jitted.lower(shapes.state, frozen, shapes.reference, trees, None)
 
 
 def branch_slots(config: Config) -> int:

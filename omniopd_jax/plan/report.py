@@ -99,7 +99,7 @@ def _figure(value: float) -> str:
 def _table_row(found: dict) -> str:
     """One line of the table in docs/scale.md from a plan's JSON."""
     held, programs = found["held_bytes"], {one["name"]: one for one in found["programs"]}
-    step, decode = programs["step"], programs.get("decode", {})
+    step, decode = programs.get("step") or programs["gradients"], programs.get("decode", {})
     peak = max(one["peak_bytes"] for one in found["programs"])
     kinds = [held[name] / _GIB for name in ("parameters", "optimizer", "reference", "cache")]
     seconds = found["step_seconds"]

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax.config import Config
 from omniopd_jax.train import batching, tally
 from omniopd_jax.train.answers import answers_of
 from omniopd_jax.train.audit import Audit, audit, filled_up, joined, rows_of, whole
-from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, is_by_row, mean_where, needs_of
+from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
 from omniopd_jax.train.experiment import Experiment
+from omniopd_jax.train.pipeline import parts_learnt, parts_sampled
 from omniopd_jax.train.stops import Interrupts, check_finite
 from omniopd_jax.types import PromptBatch, Rollout, TokenTree
 
@@ -42,16 +42,6 @@ class Observation(NamedTuple):
         return self.evidence.rollout
 
 
-def parts_learnt(config: Config) -> int:
-    """Parts of a batch whose gradients are taken one by one, each as soon as the teacher is done with it.
-
-    One where there is nothing to wait for, where a response's weights hang on other responses' verdicts, and where a
-    batch is used more than once: then all of it is needed at once.
-    """
-    is_apart = needs_of(config).chunks and is_by_row(config) and config.train.updates_per_batch == 1
-    return config.pipeline.micro_batches if is_apart else 1
-
-
 def observe(
     experiment: Experiment,
     index: int,
@@ -66,9 +56,8 @@ def observe(
     """
     config, needs, step = experiment.config, experiment.needs, index + 1
     evidence = Evidence(experiment.stream.batch_for_step(index))
-    # Only a teacher to wait for is worth the smaller batches.
-    count = config.pipeline.micro_batches if needs.chunks else 1
-    parts = (_respond(experiment, Evidence(part), index, clock) for part in rows_of(evidence.batch, count))
+    batches = rows_of(evidence.batch, parts_sampled(config))
+    parts = (_respond(experiment, Evidence(part), index, clock) for part in batches)
     audits, asked = [], []
     total = len(evidence.batch.prompts)
     rows = total // parts_learnt(config)

@@ -8,6 +8,7 @@ things happen and nothing else: what a micro-batch's rows draw and are asked is 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from omniopd_jax.teacher.protocol import (
     Teacher,
     TeacherStopped,
 )
+from omniopd_jax.train.credit import is_by_row, needs_of
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -35,6 +37,26 @@ def check_staleness(config: Config) -> None:
             "choose its chunks, priors and branches, and weights on tokens cannot mend a choice of chunks; to hide the "
             "teacher's time raise config.pipeline.micro_batches."
         )
+
+
+def parts_sampled(config: Config) -> int:
+    """Parts in which a batch is sampled and audited; only a teacher to wait for is worth the smaller batches."""
+    return config.pipeline.micro_batches if needs_of(config).chunks else 1
+
+
+def parts_learnt(config: Config) -> int:
+    """Parts of a batch whose gradients are taken one by one, each as soon as the teacher is done with it.
+
+    One where a response's weights hang on other responses' verdicts, and where a batch is used more than once: then
+    all of it is needed at once.
+    """
+    return parts_sampled(config) if is_by_row(config) and config.train.updates_per_batch == 1 else 1
+
+
+def micro_batch(config: Config) -> int:
+    """Responses that a pass of the update computes: `train.micro_batch_size`, or what it shares with a smaller part."""
+    rows = config.rollout.batch_size
+    return math.gcd(rows // parts_learnt(config), config.train.micro_batch_size or rows)
 
 
 def overlapped(

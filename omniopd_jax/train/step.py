@@ -279,7 +279,7 @@ def make_step(
 
     def add_to(sums: Sums | None, params: PyTree, trees: TokenTree) -> Sums:
         if not nothing:
-            shapes = jax.eval_shape(lambda *given: _sums(*given, options), frozen, params, reference, trees, teacher)
+            shapes = jax.eval_shape(lambda *given: sums_of(*given, options), frozen, params, reference, trees, teacher)
             zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             nothing.append(jax.jit(zeros, out_shardings=(shardings.params, replicated(mesh))))
         return add(nothing[0]() if sums is None else sums, frozen, params, reference, trees, teacher)
@@ -341,7 +341,7 @@ def jit_add(
     def add(
         sums: Sums, frozen: Model, params: PyTree, reference: Model | None, trees: TokenTree, teacher: Model | None
     ) -> Sums:
-        return jax.tree.map(jnp.add, sums, _sums(frozen, params, reference, trees, teacher, options))
+        return jax.tree.map(jnp.add, sums, sums_of(frozen, params, reference, trees, teacher, options))
 
     of_sums = (shardings.params, replicated(mesh))
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
@@ -369,7 +369,7 @@ def jit_apply(
     )
 
 
-def _sums(
+def sums_of(
     frozen: Model,
     params: PyTree,
     reference: Model | None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import jax
 
 from omniopd_jax.train import batching
 from omniopd_jax.train.experiment import Experiment
-from omniopd_jax.train.observation import parts_learnt
+from omniopd_jax.train.pipeline import micro_batch, parts_learnt
 from omniopd_jax.train.step import Sums
 from omniopd_jax.types import TokenTree
 
@@ -55,7 +54,5 @@ class Update:
             return {name: float(value) + 0.0 for name, value in batching.to_host(metrics).items()}
 
     def _on_devices(self, packed: TokenTree) -> TokenTree:
-        rows, config = len(packed.tokens_BxT), self._experiment.config
-        # A part of a batch may be no multiple of a micro-batch; responses with answers are two batches.
-        size = math.gcd(rows, config.train.micro_batch_size or config.rollout.batch_size)
-        return batching.to_devices(batching.micro_batches(packed, rows // size), self._experiment.mesh, axis=1)
+        count = len(packed.tokens_BxT) // micro_batch(self._experiment.config)
+        return batching.to_devices(batching.micro_batches(packed, count), self._experiment.mesh, axis=1)

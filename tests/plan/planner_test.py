@@ -55,6 +55,27 @@ def test_the_report_says_what_is_asked(planned):
     assert found["fits"] is None
 
 
+def test_a_batch_in_parts_is_planned_in_parts(planned, tmp_path):
+    _, whole, _ = planned
+    done = _run(
+        "--config=configs/tiny.py",
+        "--topology=cpu:8",
+        "--config.world.student_layers=1",
+        "--config.world.student_width=48",
+        "--config.data.max_prompt_tokens=16",
+        "--config.mesh.tensor=2",
+        "--config.pipeline.micro_batches=2",
+        f"--json={tmp_path / 'parts.json'}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "parts.json").read_text())
+    runs = {one["name"]: one["runs_a_step"] for one in found["programs"]}
+    assert runs == {"prefill": 2, "decode": 2, "gradients": 2, "update": 1}
+    assert found["micro_batch"] == whole["micro_batch"] / 2
+    flops = [sum(one["flops"] * one["runs_a_step"] for one in plan["programs"]) for plan in (found, whole)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.05), "the same arithmetic"
+
+
 def test_what_is_held_is_what_the_step_is_given(planned):
     """Bytes by kind against the compiler's own count of the step's arguments."""
     _, found, _ = planned
@@ -149,7 +170,7 @@ def test_the_search_takes_the_largest_that_fits():
             chip = topology.Chip("", 1, limit / planner.USABLE, 1, 1, "")
             found = topology.Topology("v5e:2x2", (), chip)
             held = {"parameters": 0, "optimizer": 0, "reference": 0, "cache": 0}
-            return planner.Plan(found, {}, "", shapes.config, size, held, step, (), {}, "")
+            return planner.Plan(found, {}, "", shapes.config, size, held, (), (step,), {}, "")
 
         return at
 
