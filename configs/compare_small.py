@@ -103,6 +103,12 @@ _VARIANTS = (
     ),
     _arm("imitate_random", "`imitate`, random positions", _IMITATE, {"audit.positions": "random"}),
     _arm("imitate_confident", "`imitate`, weighted by p^0.5", _IMITATE, {"objective.confidence_power": 0.5}),
+    _arm(
+        "imitate_both",
+        "`imitate`, random positions, weighted by p^0.5",
+        _IMITATE,
+        {"audit.positions": "random", "objective.confidence_power": 0.5},
+    ),
     _arm("opd_forward", "white-box OPD, forward KL", _OPD, {"objective.divergence": "forward_kl"}),
     _arm(
         "mixture_even",
@@ -207,6 +213,9 @@ _CLAIMS = (
     dict(text="The mixture is ahead of white-box OPD", better="mixture", worse="opd_reverse"),
     dict(text="`imitate` in short chunks at random positions is ahead of SFT", better="imitate_short", worse="sft"),
     dict(text="`imitate` in short chunks is ahead of white-box OPD", better="imitate_short", worse="opd_reverse"),
+    dict(text="`imitate`, random positions, p^0.5, is ahead of SFT", better="imitate_both", worse="sft"),
+    dict(text="The same is ahead of SFT weighted by p^0.5", better="imitate_both", worse="sft_confident"),
+    dict(text="The same is ahead of white-box OPD", better="imitate_both", worse="opd_reverse"),
     dict(text="`imitate` at entropy-weighted positions is ahead of random", better="imitate", worse="imitate_random"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip
