@@ -67,6 +67,12 @@ _MAIN = (
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
     _arm("imitate", "`imitate`", _IMITATE),
     _arm(
+        "imitate_both",
+        "`imitate`, random positions, weighted by p^0.5",
+        _IMITATE,
+        {"audit.positions": "random", "objective.confidence_power": 0.5},
+    ),
+    _arm(
         "mixture",
         "mixture: `branch` + 0.2 · `imitate`",
         BRANCH,
@@ -104,9 +110,10 @@ _VARIANTS = (
     _arm("imitate_random", "`imitate`, random positions", _IMITATE, {"audit.positions": "random"}),
     _arm("imitate_confident", "`imitate`, weighted by p^0.5", _IMITATE, {"objective.confidence_power": 0.5}),
     _arm(
-        "imitate_both",
-        "`imitate`, random positions, weighted by p^0.5",
-        _IMITATE,
+        "mixture_both",
+        "mixture: `branch` + `imitate`, random positions, p^0.5",
+        BRANCH,
+        {"objective.arm": "mixture", "objective.weights.branch": 1.0, "objective.weights.imitate": 1.0},
         {"audit.positions": "random", "objective.confidence_power": 0.5},
     ),
     _arm("opd_forward", "white-box OPD, forward KL", _OPD, {"objective.divergence": "forward_kl"}),
@@ -216,6 +223,8 @@ _CLAIMS = (
     dict(text="`imitate`, random positions, p^0.5, is ahead of SFT", better="imitate_both", worse="sft"),
     dict(text="The same is ahead of SFT weighted by p^0.5", better="imitate_both", worse="sft_confident"),
     dict(text="The same is ahead of white-box OPD", better="imitate_both", worse="opd_reverse"),
+    dict(text="The mixture of `branch` and that is ahead of SFT", better="mixture_both", worse="sft"),
+    dict(text="The same is ahead of white-box OPD", better="mixture_both", worse="opd_reverse"),
     dict(text="`imitate` at entropy-weighted positions is ahead of random", better="imitate", worse="imitate_random"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip
