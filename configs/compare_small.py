@@ -202,7 +202,7 @@ _CLAIMS = (
     dict(text="The paper's ablation: peaks of entropy are ahead of random positions", better="verify", worse="random"),
     dict(text="The paper's ablation: the anchor helps", better="verify", worse="no_anchor"),
     dict(text="More than sharpening: `verify` beats its self-teacher", better="verify", worse="verify_self"),
-    dict(text="The same at α / N = 0.1", better="verify_evidence", worse="verify_evidence_self"),
+    dict(text="`verify` beats its self-teacher at α / N = 0.1", better="verify_evidence", worse="verify_evidence_self"),
     dict(text="Scores matter: `verify` is ahead of a constant target", better="verify", worse="constant"),
     dict(text="Scores matter: `verify` is ahead of shuffled scores", better="verify", worse="shuffled"),
     dict(text="A baseline helps `verify`", better="verify_loo", worse="verify"),
@@ -220,11 +220,11 @@ _CLAIMS = (
     dict(text="The mixture is ahead of white-box OPD", better="mixture", worse="opd_reverse"),
     dict(text="`imitate` in short chunks at random positions is ahead of SFT", better="imitate_short", worse="sft"),
     dict(text="`imitate` in short chunks is ahead of white-box OPD", better="imitate_short", worse="opd_reverse"),
-    dict(text="`imitate`, random positions, p^0.5, is ahead of SFT", better="imitate_both", worse="sft"),
-    dict(text="The same is ahead of SFT weighted by p^0.5", better="imitate_both", worse="sft_confident"),
-    dict(text="The same is ahead of white-box OPD", better="imitate_both", worse="opd_reverse"),
-    dict(text="The mixture of `branch` and that is ahead of SFT", better="mixture_both", worse="sft"),
-    dict(text="The same is ahead of white-box OPD", better="mixture_both", worse="opd_reverse"),
+    *(
+        dict(text=f"{name}, random positions, p^0.5, is ahead of {other}", better=arm, worse=worse)
+        for arm, name in (("imitate_both", "`imitate`"), ("mixture_both", "`branch` + `imitate`"))
+        for worse, other in (("sft", "SFT"), ("sft_confident", "SFT with p^0.5"), ("opd_reverse", "white-box OPD"))
+    ),
     dict(text="`imitate` at entropy-weighted positions is ahead of random", better="imitate", worse="imitate_random"),
     dict(text="`branch` at entropy-weighted positions is ahead of random ones", better="branch", worse="branch_random"),
 )  # fmt: skip

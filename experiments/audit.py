@@ -42,6 +42,7 @@ def main() -> None:
         config,
         rollout=dataclasses.replace(config.rollout, batch_size=rows, samples_per_prompt=rows, slots=0),
         train=dataclasses.replace(config.train, seed=_ANSWER_SEED.value, micro_batch_size=0),
+        pipeline=dataclasses.replace(config.pipeline, micro_batches=1, rollouts=0),
         mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1),
         eval=dataclasses.replace(config.eval, every=0),
         logging=dataclasses.replace(config.logging, tensorboard=False, wandb=""),

@@ -20,8 +20,8 @@ from omniopd_jax.types import InputError
 
 _OUT_OF_MEMORY = (
     "Out of memory on the device: lower train.micro_batch_size (the responses of one pass of the update), "
-    "rollout.slots (those decoded at once) or eval.batch_size, set train.remat=full, or spread the model with "
-    "mesh.fsdp."
+    "rollout.slots (those decoded at once) or eval.batch_size, set train.remat=full, spread the model with mesh.fsdp, "
+    "or, where a local teacher works beside the update, set pipeline.micro_batches=1."
 )
 
 _COORDINATOR = flags.DEFINE_string(

@@ -176,6 +176,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     micro_batches: int
+    rollouts: int
     staleness: int
 
 
@@ -422,6 +423,7 @@ _NOT_NEGATIVE = (
     "train.micro_batch_size",
     "train.checkpoint_every",
     "train.checkpoint_keep_every",
+    "pipeline.rollouts",
     "pipeline.staleness",
     "train.audit_log_every",
     "eval.every",
@@ -498,6 +500,11 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"config.rollout.batch_size={rollout.batch_size} must be a multiple of "
             f"config.pipeline.micro_batches={config.pipeline.micro_batches}."
+        )
+    if config.pipeline.rollouts and config.pipeline.micro_batches % config.pipeline.rollouts:
+        raise ConfigError(
+            f"config.pipeline.micro_batches={config.pipeline.micro_batches} must be a multiple of "
+            f"config.pipeline.rollouts={config.pipeline.rollouts}: what is sampled together is audited in whole parts."
         )
     if train.checkpoint_best and not config.eval.every:
         raise ConfigError(

@@ -182,6 +182,10 @@ def test_the_data_section_of_a_work_directory(tmp_path):
         ({"train.updates_per_batch": 2}, "must be 1 with arm 'verify'"),
         ({"lora.targets": "("}, "not a regular expression"),
         (
+            {"rollout.batch_size": 8, "pipeline.micro_batches": 4, "pipeline.rollouts": 3},
+            "must be a multiple of config.pipeline.rollouts=3",
+        ),
+        (
             {"rollout.batch_size": 8, "pipeline.micro_batches": 3},
             "must be a multiple of config.pipeline.micro_batches=3",
         ),

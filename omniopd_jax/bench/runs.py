@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -52,31 +53,39 @@ class SlowTeacher:
 def step(spec: Spec) -> Work:
     """Steps with a teacher that takes as long as the devices do: the case in which overlap matters most.
 
-    The first half of the steps measures the devices alone (the teacher answers at once), the second half has the
-    teacher take exactly that long. Says step_s, device_s and `over_max`, step_s over the larger of the two.
+    The devices' time is that of a batch in one part whose teacher answers at once, whatever parts are measured: smaller
+    parts may keep the devices busy for longer. Says step_s, device_s, parts_s (the devices' time in parts) and
+    `over_max`, step_s over device_s, which is the teacher's time as well.
     """
     counter = CompileCounter()
     config, model, tokenizer = _parts(spec, steps=_WARM_UP + 2 * _STEPS)
     asked = config.rollout.batch_size * config.audit.num_chunks
 
-    def run() -> dict[str, Any]:
+    def steps(config: Config, slow_s: float) -> list[float]:
+        """Seconds of each step after the warm-up; the teacher takes `slow_s` in the second half of them."""
         teacher = SlowTeacher(scripted_teacher("noise"), asked)
         times: list[float] = []
 
         def progress(number: int, metrics: Mapping[str, float]) -> None:
             times.append(metrics["time/step_s"])
             if number == _WARM_UP + _STEPS:
-                teacher.step_s = statistics.median(times[_WARM_UP:])
+                teacher.step_s = slow_s
 
         with tempfile.TemporaryDirectory() as folder:
             loop.run(
                 config, Path(folder), student=model, tokenizer=tokenizer, teacher=teacher, prompts=_prompts(config),
                 progress=progress,
             )  # fmt: skip
-        device_s = statistics.median(times[_WARM_UP : _WARM_UP + _STEPS])
-        slow_s = statistics.median(times[_WARM_UP + _STEPS :])
+        return times[_WARM_UP:]
+
+    def run() -> dict[str, Any]:
+        whole = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, micro_batches=1, rollouts=0))
+        device_s = statistics.median(steps(whole, 0.0))
+        times = steps(config, device_s)
+        slow_s = statistics.median(times[_STEPS:])
         seconds = {"wall_s": slow_s, "cpu_s": slow_s, "step_s": slow_s, "device_s": device_s}
-        return seconds | {"over_max": slow_s / device_s, "tokens": config.rollout.batch_size}
+        seconds |= {"parts_s": statistics.median(times[:_STEPS]), "over_max": slow_s / device_s}
+        return seconds | {"tokens": config.rollout.batch_size}
 
     return work(run, counter)
 

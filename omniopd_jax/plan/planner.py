@@ -34,7 +34,8 @@ class Plan:
     student: str
     config: Config
     micro_batch: int  # responses that the step computes at a time
-    held: Mapping[str, int]  # parameters, optimizer, reference: all the time; cache: while responses are sampled
+    # parameters, optimizer, reference: all the time; cache: while responses are sampled; gradients: of a batch in parts
+    held: Mapping[str, int]
     others: tuple[Compiled, ...]  # sampling and scoring, in the order of a step
     update: tuple[Compiled, ...]  # the step, or the gradients of its parts and the optimizer's update
     tried: Mapping[int, bool]  # micro-batch → fits, of a search
@@ -119,17 +120,19 @@ def make_plan(
     teacher = projected_cost(config) if config.teacher.kind in API_KINDS else ""
     dtype = config.student.compute_dtype
     shapes = programs.run_shapes(config, decoder, mesh, topology.compute_dtype if dtype == "auto" else dtype)
+    parts = parts_sampled(config)
+    part = programs.a_part(shapes, parts)
     held = {
         "parameters": programs.bytes_a_chip(shapes.student.params),
         "optimizer": programs.bytes_a_chip(shapes.state.opt_state),
         "reference": 0 if shapes.reference is None else programs.bytes_a_chip(shapes.reference.params),
-        "cache": programs.cache_bytes(programs.a_part(shapes, parts_sampled(config))),
+        "cache": programs.cache_bytes(part),
     }
     if config.lora.rank > 0:
         held["adapters"] = programs.bytes_a_chip(shapes.state.params)
+    if parts_learnt(config) > 1:
+        held["gradients"] = programs.bytes_a_chip(programs.sums_like(shapes.state.params))
     progress("sampling")
-    parts = parts_sampled(config)
-    part = programs.a_part(shapes, parts)
     others = tuple(
         dataclasses.replace(one, runs=one.runs * parts)
         for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
@@ -141,7 +144,7 @@ def make_plan(
         return Plan(topology, dict(mesh.shape), name, config, size, held, others, update, {}, teacher)
 
     if not search:
-        return at(micro_batch(config))
+        return at(micro_batch(config, sharding.batch_shares(mesh)))
     if topology.chip is None:
         raise InputError("--micro_batch=search needs a TPU topology: a CPU's memory is not known.")
     return largest(shapes, at)

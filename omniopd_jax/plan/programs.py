@@ -40,7 +40,7 @@ from omniopd_jax.train.step import (
     jit_apply,
     jit_step,
     state_shardings,
-    sums_of,
+    sum_shapes,
     trainable,
     without_trainable,
 )
@@ -152,10 +152,10 @@ def compile_update(shapes: Shapes, micro_batch: int) -> list[Compiled]:
     if parts == 1:
         return [compiled("step", lower_step(shapes, micro_batch), mesh)]
     frozen, params, options = without_trainable(shapes.student), shapes.state.params, step_options(config, mesh)
-    given = (frozen, params, shapes.reference, _trees(a_part(shapes, parts), micro_batch), None)
-    sums = jax.eval_shape(lambda *given: sums_of(*given, options), *given)
+    given = (frozen, params, shapes.reference, _trees(a_part(shapes, parts), micro_batch))
+    sums = sum_shapes(*given, options)
     sums = _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: sharding.replicated(mesh), sums[1])))
-    lowered = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options).lower(sums, *given)
+    lowered = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options).lower(sums, *given, None)
     gradients = dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
     lowered = jit_apply(*_optimizer(config), mesh, shapes.shardings).lower(shapes.state, sums)
     return [gradients, compiled("update", lowered, mesh)]
@@ -331,6 +331,11 @@ def bytes_a_chip(tree: PyTree) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def sums_like(params: PyTree) -> PyTree:
+    """Sums of gradients, as shapes with shardings."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), params)
 
 
 def cache_bytes(shapes: Shapes) -> int:

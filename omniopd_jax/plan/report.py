@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from omniopd_jax.config import Config
 from omniopd_jax.plan.planner import Plan
 from omniopd_jax.plan.programs import Compiled
+from omniopd_jax.train.pipeline import parts_audited, parts_learnt, parts_sampled
 from omniopd_jax.types import InputError
 
 _GIB = 2**30
@@ -28,13 +30,19 @@ def _head(plan: Plan) -> str:
         f"{plan.student} on {plan.topology.name}: {len(plan.topology.devices)} chips, mesh {mesh}",
         f"{config.rollout.batch_size} responses a step of up to {config.rollout.max_new_tokens} tokens{slots}; prompts "
         f"of up to {config.data.max_prompt_tokens}; M={audit.num_chunks}, C={audit.chunk_tokens}, "
-        f"N={audit.num_continuations}; micro-batches of {plan.micro_batch}",
+        f"N={audit.num_continuations}; {_parts(config)}micro-batches of {plan.micro_batch}",
     ]
     if plan.tried:
         tried = ", ".join(f"{size} {'fits' if does else 'does not fit'}" for size, does in plan.tried.items())
         fitting = [size for size, does in plan.tried.items() if does]
         lines.append(f"largest micro-batch that fits: {max(fitting) if fitting else 'none'} (tried: {tried})")
     return "\n".join(lines)
+
+
+def _parts(config: Config) -> str:
+    if parts_audited(config) == 1:
+        return ""
+    return f"{parts_audited(config)} parts, sampled in {parts_sampled(config)}, learnt from in {parts_learnt(config)}; "
 
 
 def _memory(plan: Plan) -> str:

@@ -86,7 +86,7 @@ class ApiTeacher:
         self._is_raw = is_raw
         self._rng = random.Random(run_seed)
         self._finding: Finding | None = None
-        self._step: Step | None = None  # the one that is running
+        self._steps: list[Step] = []  # that are running
         self._caller = Caller(dialect, config, budget, redact)
         self._running: set[concurrent.futures.Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -136,7 +136,7 @@ class ApiTeacher:
     @property
     def activity(self) -> Activity:
         """What is going on now; to be asked from any thread."""
-        jobs = list(self._step.jobs.values()) if self._step is not None else []
+        jobs = [job for step in list(self._steps) for job in list(step.jobs.values())]
         return Activity(
             wanted=sum(len(job.keys) for job in jobs),
             arrived=sum(len(job.rows) for job in jobs),
@@ -168,6 +168,15 @@ class ApiTeacher:
             raise
         finally:
             self._running.discard(future)
+
+    def stop(self) -> None:
+        """Sends nothing more for those who wait in other threads, who hear of it once what is in flight is kept."""
+
+        def stop_all() -> None:
+            for step in self._steps:
+                step.stop(TeacherStopped(f"{self.name} is not asked any more in this step."))
+
+        self._loop.call_soon_threadsafe(stop_all)
 
     def cancel(self) -> None:
         """Ends the calls that other threads wait for: what is in flight must not go on spending."""
@@ -220,19 +229,22 @@ class ApiTeacher:
 
     async def _continue(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
         assert self._finding is not None
-        self._step = step = Step(self._finding, time.monotonic())
-        jobs = [step.job(request, self._dialect, self.name) for request in requests]
-        await self._fill_from_cache(step)
-        if self._config.replay_only:
-            self._check_replay(step)
-        else:
-            await self._call_all(step)
+        step = Step(self._finding, time.monotonic())
+        self._steps.append(step)
+        try:
+            jobs = [step.job(request, self._dialect, self.name) for request in requests]
+            await self._fill_from_cache(step)
+            if self._config.replay_only:
+                self._check_replay(step)
+            else:
+                await self._call_all(step)
+        finally:
+            self._steps.remove(step)
         seen: set[str] = set()
         results = []
         for job in jobs:
             results.append(job.result(step.finding.manner.mode, is_repeat=job.keys[-1] in seen))
             seen.add(job.keys[-1])
-        self._step = None
         return results
 
     async def _fill_from_cache(self, step: Step) -> None:

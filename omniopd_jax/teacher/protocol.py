@@ -91,7 +91,8 @@ class Teacher(Protocol):
 
     name: str  # for logs: kind and model
     # A teacher that costs money also has `paid: Usage`, all that this work directory has paid, earlier runs included;
-    # one that may be asked by several threads at once has `is_concurrent = True` and `cancel()`, which ends all calls.
+    # one that may be asked by several threads at once has `is_concurrent = True`, `stop()`, after which nothing more is
+    # sent for what they ask while what is in flight goes on, and `cancel()`, which ends all calls.
 
     def probe(self) -> str:
         """Proves at start-up that the teacher answers and samples; returns one printable paragraph.

@@ -35,7 +35,8 @@ class Audit(NamedTuple):
 def audit(
     experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
 ) -> Iterator[Audit]:
-    """The audits of a batch's micro-batches, in order: one is sampled while the teacher works on the one before.
+    """The audits of a batch's micro-batches, in order: one is sampled while the teacher works on the one before, and
+    each is yielded while the teacher works on those behind it.
 
     Args:
       experiment: the run.
@@ -74,7 +75,7 @@ def audit(
         about,
         meet=everywhere,
         waiting=interrupts.abandonable,
-        stop=getattr(experiment.teacher, "cancel", None),
+        give_up=teacher.give_up,
         # Sampling is a collective: the other processes go on with it whatever happened to this one's teacher.
         to_the_end=distributed.has_peers(),
     )
@@ -166,6 +167,16 @@ def filled_up(verdicts: Verdicts, rows: int) -> Verdicts:
     missing = rows - len(verdicts.score_BxMxN)
     more = jax.tree.map(lambda array: np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]), _arrays(verdicts))
     return Verdicts(**more)
+
+
+def split(evidence: Evidence, count: int) -> list[Evidence]:
+    """What was gathered about a batch, in `count` equal parts, rows in their order."""
+    arrays, batches = evidence._replace(batch=None), rows_of(evidence.batch, count)
+    size = len(evidence.batch.prompts) // count
+    return [
+        jax.tree.map(lambda array: array[start * size : (start + 1) * size], arrays)._replace(batch=batch)  # noqa: B023
+        for start, batch in enumerate(batches)
+    ]
 
 
 def whole(parts: Sequence[Evidence], batch: PromptBatch) -> Evidence:

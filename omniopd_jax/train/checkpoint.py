@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "logging.",
     "mesh.",
     "pipeline.micro_batches",
+    "pipeline.rollouts",
     "lora.export",
     "teacher.base_url",
     "teacher.api_key_env",

@@ -99,7 +99,7 @@ REGISTRY: dict[str, Meaning] = {
     "time/sample_s": Meaning("seconds", "student's responses and the choice of chunks"),
     "time/score_s": Meaning("seconds", "the student's branches, absent without them"),
     "time/audit_s": Meaning("seconds", "teacher's continuations and their comparison"),
-    "time/update_s": Meaning("seconds", "loss, gradient and update"),
+    "time/update_s": Meaning("seconds", "loss, gradient and update; of a batch in parts, what was waited for"),
     "time/evaluate_s": Meaning("seconds", "evaluation on held-out problems"),
     "time/checkpoint_s": Meaning("seconds", "copying the state of the step before for its checkpoint"),
     "time/step_s": Meaning("seconds", "the whole step, logging included"),

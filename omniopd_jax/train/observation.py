@@ -12,10 +12,10 @@ import numpy as np
 
 from omniopd_jax.train import batching, tally
 from omniopd_jax.train.answers import answers_of
-from omniopd_jax.train.audit import Audit, audit, filled_up, joined, rows_of, whole
+from omniopd_jax.train.audit import Audit, audit, filled_up, joined, rows_of, split, whole
 from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
 from omniopd_jax.train.experiment import Experiment
-from omniopd_jax.train.pipeline import parts_learnt, parts_sampled
+from omniopd_jax.train.pipeline import parts_audited, parts_learnt, parts_sampled
 from omniopd_jax.train.stops import Interrupts, check_finite
 from omniopd_jax.types import PromptBatch, Rollout, TokenTree
 
@@ -56,25 +56,31 @@ def observe(
     """
     config, needs, step = experiment.config, experiment.needs, index + 1
     evidence = Evidence(experiment.stream.batch_for_step(index))
-    batches = rows_of(evidence.batch, parts_sampled(config))
-    parts = (_respond(experiment, Evidence(part), index, clock) for part in batches)
-    audits, asked = [], []
     total = len(evidence.batch.prompts)
     rows = total // parts_learnt(config)
+    batches = rows_of(evidence.batch, parts_sampled(config))
+    responses = (_respond(experiment, Evidence(batch), index, clock) for batch in batches)
+    audits, asked = [], []
     if needs.chunks:
         sampled: list[Evidence] = []
         heard: list[Audit] = []
-        kept = _kept(parts, sampled)
-        with closing(audit(experiment, kept, step=step, interrupts=interrupts, clock=clock)) as audited:
+        size = parts_audited(config) // parts_sampled(config)
+        parts = _kept((part for several in responses for part in split(several, size)), sampled)
+        with closing(audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)) as audited:
             for part in audited:
                 heard.append(part)
-                verdicts, audits, of_chunks = joined(heard)
-                evidence = whole(sampled, evidence.batch)._replace(verdicts=filled_up(verdicts, total))
-                asked, end = [of_chunks], len(verdicts.score_BxMxN)
-                if end < total and end % rows == 0:
-                    learn(_rows(give_credit(config, evidence, step).tree, end - rows, end))
+                end = len(heard) * len(part.verdicts.score_BxMxN)
+                if end % rows:
+                    continue
+                with clock.phase("update"):
+                    verdicts, audits, of_chunks = joined(heard)
+                    asked = [of_chunks]
+                    evidence = whole(sampled, evidence.batch)._replace(verdicts=filled_up(verdicts, total))
+                    known = give_credit(config, evidence, step).tree if end < total else None
+                if known is not None:
+                    learn(_rows(known, end - rows, end))
     elif needs.responses:
-        evidence = next(parts)
+        evidence = next(responses)
     with clock.phase("audit"):
         if needs.answers:
             answers, of_answers = answers_of(experiment, evidence.batch, step=step, interrupts=interrupts)

@@ -8,21 +8,16 @@ things happen and nothing else: what a micro-batch's rows draw and are asked is 
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 from omniopd_jax.config import Config, ConfigError
-from omniopd_jax.teacher.protocol import (
-    BudgetExhausted,
-    ContinuationRequest,
-    ContinuationResult,
-    Teacher,
-    TeacherStopped,
-)
+from omniopd_jax.teacher.protocol import ContinuationRequest, ContinuationResult, Teacher, TeacherStopped
 from omniopd_jax.train.credit import is_by_row, needs_of
+from omniopd_jax.train.distributed import PeerStopped
+from omniopd_jax.train.stops import SIGNALLED, Interrupted
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -39,9 +34,14 @@ def check_staleness(config: Config) -> None:
         )
 
 
-def parts_sampled(config: Config) -> int:
-    """Parts in which a batch is sampled and audited; only a teacher to wait for is worth the smaller batches."""
+def parts_audited(config: Config) -> int:
+    """Parts of a batch that the teacher is asked about one by one; one where there is no teacher to wait for."""
     return config.pipeline.micro_batches if needs_of(config).chunks else 1
+
+
+def parts_sampled(config: Config) -> int:
+    """Parts in which a batch is sampled."""
+    return min(config.pipeline.rollouts or config.pipeline.micro_batches, parts_audited(config))
 
 
 def parts_learnt(config: Config) -> int:
@@ -50,13 +50,17 @@ def parts_learnt(config: Config) -> int:
     One where a response's weights hang on other responses' verdicts, and where a batch is used more than once: then
     all of it is needed at once.
     """
-    return parts_sampled(config) if is_by_row(config) and config.train.updates_per_batch == 1 else 1
+    return parts_audited(config) if is_by_row(config) and config.train.updates_per_batch == 1 else 1
 
 
-def micro_batch(config: Config) -> int:
-    """Responses that a pass of the update computes: `train.micro_batch_size`, or what it shares with a smaller part."""
-    rows = config.rollout.batch_size
-    return math.gcd(rows // parts_learnt(config), config.train.micro_batch_size or rows)
+def micro_batch(config: Config, shares: int) -> int:
+    """Responses that a pass of the update computes: the most that divide a part, up to `train.micro_batch_size`.
+
+    `shares` is the mesh's data × fsdp, which divides every part (`sharding.check_batch`).
+    """
+    rows = config.rollout.batch_size // parts_learnt(config)
+    most = max(config.train.micro_batch_size or rows, shares)
+    return max(size for size in range(shares, min(rows, most) + 1, shares) if rows % size == 0)
 
 
 def overlapped(
@@ -65,19 +69,19 @@ def overlapped(
     *,
     meet: Callable[[Callable[[], T]], R],
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
-    stop: Callable[[], Any] | None = None,
+    give_up: Callable[[BaseException], bool] = lambda error: False,
     to_the_end: bool = False,
 ) -> Iterator[R]:
     """meet(lambda: second(item)) for each item in order; every `second` runs on a thread of its own, which starts as
-    soon as its item is there. All items are made before the first of these is yielded.
+    soon as its item is there. All items are made before the first of these is yielded, unless one has failed by then.
 
     Args:
       first: its items are made on this thread, one after the other.
       second: must not enter a collective: the threads' order differs from process to process.
       meet: called on this thread, item by item; may be a collective.
       waiting: entered while this thread only waits for `second`.
-      stop: called when this thread gives up while a `second` works, to cut that short. A teacher that stopped, here or
-        on another process, cuts nothing short: what is being answered is paid for.
+      give_up: told why this thread gives up while a `second` works, to cut that short; says whether to wait until it
+        has ended.
       to_the_end: all items are made even where `second` has failed.
 
     Raises:
@@ -97,14 +101,13 @@ def overlapped(
         for work in works:
             yield meet(functools.partial(result, work))
     except BaseException as error:
-        try:
-            if getattr(error, "exit_code", None) in (TeacherStopped.exit_code, BudgetExhausted.exit_code):
+        if any(work.is_running for work in works) and give_up(error):
+            try:
                 with waiting():
                     for work in works:
                         work.wait()
-        finally:
-            if stop is not None and any(work.is_running for work in works):
-                stop()
+            except Interrupted as interrupted:  # what is raised stays the first reason, which other processes know
+                give_up(interrupted)
         raise
 
 
@@ -148,10 +151,13 @@ class Shared:
 
     def __init__(self, teacher: Teacher, lock: threading.Lock):
         self.name = teacher.name
-        self._teacher = teacher
+        self._teacher: Any = teacher
         self._lock = lock
+        self._stopped: BaseException | None = None
 
     def continue_texts(self, requests: Sequence[ContinuationRequest]) -> list[ContinuationResult]:
+        if self._stopped is not None:
+            raise TeacherStopped("The step was given up before this part of it was asked about.") from self._stopped
         if not getattr(self._teacher, "is_concurrent", False):
             return self._teacher.continue_texts(requests)
         self._lock.release()
@@ -159,6 +165,17 @@ class Shared:
             return self._teacher.continue_texts(requests)
         finally:
             self._lock.acquire()
+
+    def give_up(self, error: BaseException) -> bool:
+        """Sends nothing more. True: what is in flight is paid for and should be waited for, False: it is cut off.
+
+        It is waited for where a teacher stopped, here or on another process; not for a signal, nor for a bug.
+        """
+        self._stopped = error
+        is_orderly = isinstance(error, TeacherStopped | PeerStopped) and error.exit_code < SIGNALLED
+        if getattr(self._teacher, "is_concurrent", False):
+            self._teacher.stop() if is_orderly else self._teacher.cancel()
+        return is_orderly
 
     def probe(self) -> str:
         return self._teacher.probe()

@@ -223,8 +223,9 @@ def gradients(
     trees: TokenTree,
     options: StepOptions,
     teacher: Model | None = None,
-) -> tuple[PyTree, dict[str, Array]]:
-    """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other.
+    start: Sums | None = None,
+) -> Sums:
+    """(gradients, terms) summed over the micro-batches of `trees` (first axis), one after the other, and `start`.
 
     Sums of several are in float32, whatever the parameters' dtype: bfloat16 would lose the small parts.
     """
@@ -232,18 +233,34 @@ def gradients(
     def loss(params: PyTree, tree: TokenTree) -> tuple[Array, dict[str, Array]]:
         return tree_terms(with_trainable(frozen, params), reference, tree, options, teacher)
 
-    def part(tree: TokenTree) -> tuple[PyTree, dict[str, Array]]:
+    def part(tree: TokenTree) -> Sums:
         return jax.grad(loss, has_aux=True)(params, tree)
 
-    if trees.tokens_BxT.shape[0] == 1:
-        return part(jax.tree.map(lambda array: array[0], trees))
+    first = jax.tree.map(lambda array: array[0], trees)
+    if start is None and trees.tokens_BxT.shape[0] == 1:
+        return part(first)
+    if start is None:
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(part, first))
 
     def add(total: Any, tree: TokenTree) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, part(tree)), None
 
-    shapes = jax.eval_shape(part, jax.tree.map(lambda array: array[0], trees))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, zero, trees)[0]
+    return jax.lax.scan(add, start, trees)[0]
+
+
+def sum_shapes(
+    frozen: Model,
+    params: PyTree,
+    reference: Model | None,
+    trees: TokenTree,
+    options: StepOptions,
+    teacher: Model | None = None,
+) -> Sums:
+    """What `gradients` takes as its start, as shapes."""
+    shapes = jax.eval_shape(
+        lambda *given: gradients(*given[:4], options, given[4]), frozen, params, reference, trees, teacher
+    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
 class Step(NamedTuple):
@@ -275,14 +292,14 @@ def make_step(
     add = jit_add(frozen, reference, mesh, shardings, options, teacher)
     apply = jit_apply(optimizer, schedule, mesh, shardings)
 
-    nothing: list[Callable[[], Sums]] = []  # the first sums: which terms there are, trees tell
+    zeros: list[Callable[[], Sums]] = []  # made once; the names of the terms depend on the fields of the first trees
 
     def add_to(sums: Sums | None, params: PyTree, trees: TokenTree) -> Sums:
-        if not nothing:
-            shapes = jax.eval_shape(lambda *given: sums_of(*given, options), frozen, params, reference, trees, teacher)
-            zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            nothing.append(jax.jit(zeros, out_shardings=(shardings.params, replicated(mesh))))
-        return add(nothing[0]() if sums is None else sums, frozen, params, reference, trees, teacher)
+        if not zeros:
+            shapes = sum_shapes(frozen, params, reference, trees, options, teacher)
+            make = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            zeros.append(jax.jit(make, out_shardings=(shardings.params, replicated(mesh))))
+        return add(zeros[0]() if sums is None else sums, frozen, params, reference, trees, teacher)
 
     return Step(lambda state, trees: whole(state, frozen, reference, trees, teacher), add_to, apply)
 
@@ -341,7 +358,7 @@ def jit_add(
     def add(
         sums: Sums, frozen: Model, params: PyTree, reference: Model | None, trees: TokenTree, teacher: Model | None
     ) -> Sums:
-        return jax.tree.map(jnp.add, sums, sums_of(frozen, params, reference, trees, teacher, options))
+        return gradients(frozen, params, reference, trees, options, teacher, start=sums)
 
     of_sums = (shardings.params, replicated(mesh))
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
@@ -366,20 +383,6 @@ def jit_apply(
         in_shardings=(shardings, (shardings.params, replicated(mesh))),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-    )
-
-
-def sums_of(
-    frozen: Model,
-    params: PyTree,
-    reference: Model | None,
-    trees: TokenTree,
-    teacher: Model | None,
-    options: StepOptions,
-) -> Sums:
-    """`gradients` that are to be added to others: in float32, however many they are."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32), gradients(frozen, params, reference, trees, options, teacher)
     )
 
 

@@ -42,13 +42,16 @@ class WorkdirError(ConfigError):
     """The work directory belongs to another config, or cannot be written."""
 
 
+SIGNALLED = 128  # exit codes above this: a signal
+
+
 class Interrupted(RunStopped):
     """Ctrl-C (exit code 130) or SIGTERM (143)."""
 
     def __init__(self, signal_number: int):
         name = signal.Signals(signal_number).name
         super().__init__(f"Stopped by {name}; the finished steps are in the checkpoint.")
-        self.exit_code = 128 + signal_number
+        self.exit_code = SIGNALLED + signal_number
 
 
 class Interrupts:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from omniopd_jax.train import batching
+from omniopd_jax.train import batching, sharding
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.pipeline import micro_batch, parts_learnt
 from omniopd_jax.train.step import Sums
@@ -30,7 +30,7 @@ class Update:
         self._sums: Sums | None = None
 
     def add(self, tree: TokenTree) -> None:
-        """The weights of some rows. Their gradients are under way when this returns; it waits for nothing."""
+        """The weights of some rows. Their gradients are under way when this returns."""
         with self._clock.phase("update"):
             self.packed.append(batching.pack(tree))
             if self._parts > 1:
@@ -54,5 +54,6 @@ class Update:
             return {name: float(value) + 0.0 for name, value in batching.to_host(metrics).items()}
 
     def _on_devices(self, packed: TokenTree) -> TokenTree:
-        count = len(packed.tokens_BxT) // micro_batch(self._experiment.config)
-        return batching.to_devices(batching.micro_batches(packed, count), self._experiment.mesh, axis=1)
+        mesh = self._experiment.mesh
+        count = len(packed.tokens_BxT) // micro_batch(self._experiment.config, sharding.batch_shares(mesh))
+        return batching.to_devices(batching.micro_batches(packed, count), mesh, axis=1)

@@ -238,6 +238,29 @@ def test_two_threads_share_the_limits(make, server, ask, faults):
     assert server.most_open_calls <= 5
 
 
+def test_who_is_told_to_stop_sends_nothing_more_and_keeps_what_is_in_flight(make, server, ask, faults):
+    teacher = make(max_concurrency=5)
+    server.behave = lambda call: faults.Answer(delay_s=0.3)
+    requests, ended = [ask(prefix=f" {i}") for i in range(20)], []
+
+    def asking():
+        with pytest.raises(TeacherStopped, match="not asked any more"):
+            teacher.continue_texts(requests)
+        ended.append(True)
+
+    thread = threading.Thread(target=asking)
+    thread.start()
+    while not server.calls:
+        time.sleep(0.01)
+    teacher.stop()
+    thread.join()
+    assert ended
+    sent = len(server.calls)
+    assert sent <= 5
+    teacher.continue_texts(requests)
+    assert len(server.calls) == 20, "what was in flight is in the cache"
+
+
 def test_seeds_of_one_request_differ_and_repeat(make, server, ask):
     teacher = make(max_concurrency=2, mode="completions", capabilities="", cache_path="off")
     teacher.continue_texts([ask(seed=5)])

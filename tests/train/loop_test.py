@@ -135,8 +135,11 @@ def test_what_was_written_after_the_last_checkpoint_is_written_again_not_twice(w
 def test_nothing_compiles_after_the_first_step(whole):
     steps = read_lines(whole[0] / "metrics.jsonl")
     assert steps[0]["compile/programs"] > 0
-    # the checkpoint of step 3 takes its fingerprint, the first time within step 4's count
-    assert [step["compile/programs"] for step in steps[1:]] == [0, 0, 1, 0, 0]
+    second, third, fourth, *later = [step["compile/programs"] for step in steps[1:]]
+    assert [second, third, *later] == [0, 0, 0, 0]
+    assert fourth <= 1, (
+        "the checkpoint of step 3 takes its fingerprint within step 4's count, in this process or before"
+    )
 
 
 def test_the_files_of_a_run(whole):

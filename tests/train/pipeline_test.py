@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_result_is_there_while_the_next_is_worked_on():
 
 @pytest.mark.parametrize("to_the_end", [False, True])
 def test_a_failure_is_raised_and_other_processes_are_not_left_alone(to_the_end):
-    made, stops = [], []
+    made, given_up = [], []
 
     def items():
         for number in range(4):
@@ -77,54 +78,136 @@ def test_a_failure_is_raised_and_other_processes_are_not_left_alone(to_the_end):
         raise TeacherStopped(f"no answer to {number}")
 
     with pytest.raises(TeacherStopped, match="no answer to 0"):
-        list(overlapped(items(), work, meet=alone, stop=lambda: stops.append(1), to_the_end=to_the_end))
+        list(overlapped(items(), work, meet=alone, give_up=given_up.append, to_the_end=to_the_end))
     assert made == ([0, 1, 2, 3] if to_the_end else [0])
-    assert not stops, "nobody works any more"
+    assert not given_up, "nobody works any more"
 
 
-def one_fails(error, released):
-    """The first work fails while the second goes on until it is released."""
+class Slow(ScriptedTeacher):
+    """Works on a question until it is released; `stop` leaves it at that, `cancel` releases it."""
+
+    is_concurrent = True
+
+    def __init__(self):
+        super().__init__(lambda request: [])
+        self.works, self.released, self.told = threading.Event(), threading.Event(), []
+
+    def continue_texts(self, requests):
+        self.works.set()
+        assert self.released.wait(10)
+        return []
+
+    def stop(self):
+        self.told.append("stop")
+        threading.Timer(0.2, self.released.set).start()
+
+    def cancel(self):
+        self.told.append("cancel")
+        self.released.set()
+
+
+def given_up(error, *, here=True):
+    """A teacher that works on the second part when `error` ends the first: in its own work, or where all meet."""
+    teacher = Slow()
+    lock = threading.Lock()
+    shared = pipeline.Shared(teacher, lock)
+
+    def fail():
+        assert teacher.works.wait(10)
+        raise error
 
     def work(number):
-        if number == 0:
-            raise error
-        assert released.wait(10)
+        if number == 1:
+            with lock:
+                return shared.continue_texts([])
+        return fail() if here else None
 
-    return overlapped([0, 1], work, meet=alone, stop=released.set, to_the_end=True)
+    def meet(work):
+        found = work()
+        return found if here else fail()
+
+    with pytest.raises(type(error), match=str(error)):
+        list(overlapped([0, 1], work, meet=meet, give_up=shared.give_up, to_the_end=True))
+    assert lock.acquire(timeout=10)
+    with pytest.raises(TeacherStopped, match="given up"):
+        shared.continue_texts([])
+    return teacher
 
 
-def test_what_still_works_is_stopped():
-    released = threading.Event()
-    with pytest.raises(RuntimeError, match="a bug"):
-        list(one_fails(RuntimeError("a bug"), released))
-    assert released.is_set()
+def test_a_bug_cuts_off_what_still_works():
+    assert given_up(RuntimeError("a bug")).told == ["cancel"]
+
+
+@pytest.mark.parametrize("error", [TeacherStopped("gone"), BudgetExhausted("spent")])
+def test_answers_in_flight_are_waited_for_when_the_teacher_stops(error):
+    teacher = given_up(error)
+    assert teacher.told == ["stop"]
+    assert teacher.released.is_set(), "the second answer was paid for"
+
+
+@pytest.mark.parametrize(("exit_code", "told"), [(3, "stop"), (143, "cancel")])
+def test_a_stop_of_another_process_waits_for_answers_and_a_signal_to_it_does_not(exit_code, told):
+    assert given_up(PeerStopped(1, "gone", exit_code), here=False).told == [told]
 
 
 def test_who_takes_no_more_results_stops_what_still_works():
-    released = threading.Event()
-    results = overlapped([0, 1], lambda number: number and released.wait(10), meet=alone, stop=released.set)
-    assert next(results) == 0
+    teacher = Slow()
+    shared = pipeline.Shared(teacher, threading.Lock())
+
+    def work(number):
+        if number:
+            with shared._lock:
+                shared.continue_texts([])
+
+    results = overlapped([0, 1], work, meet=alone, give_up=shared.give_up)
+    next(results)
+    assert teacher.works.wait(10)
     results.close()
-    assert released.is_set()
+    assert teacher.told == ["cancel"]
 
 
-@pytest.mark.parametrize("error", [TeacherStopped("gone"), BudgetExhausted("spent"), PeerStopped(1, "gone", 3)])
-def test_answers_under_way_are_waited_for_when_a_teacher_stops(error):
-    released = threading.Event()
-    threading.Timer(0.2, released.set).start()
-    stops = []
-    results = overlapped(
-        [0, 1], lambda number: released.wait(10) if number else _raise(error), meet=alone, stop=lambda: stops.append(1)
-    )
-    with pytest.raises(type(error)):
-        list(results)
-    assert released.is_set(), "the second answer was paid for"
-    assert not stops
+def test_a_signal_during_that_wait_cuts_it_short_and_the_first_reason_stays():
+    teacher, waits = Slow(), []
+    teacher.stop = lambda: teacher.told.append("stop")
+    lock = threading.Lock()
+    shared = pipeline.Shared(teacher, lock)
+
+    @contextmanager
+    def waiting():
+        waits.append(1)
+        if len(waits) == 2:
+            raise Interrupted(signal.SIGTERM)
+        yield
+
+    def work(number):
+        if number == 1:
+            with lock:
+                return shared.continue_texts([])
+        assert teacher.works.wait(10)
+        raise TeacherStopped("gone")
+
+    with pytest.raises(TeacherStopped, match="gone"):
+        list(overlapped([0, 1], work, meet=alone, waiting=waiting, give_up=shared.give_up, to_the_end=True))
+    assert teacher.told == ["stop", "cancel"]
 
 
-def _raise(error):
-    time.sleep(0.05)  # the other one is started by then
-    raise error
+@pytest.mark.parametrize(
+    ("rows", "parts", "asked", "shares", "size"),
+    [
+        (32, 1, 0, 1, 32),
+        (32, 4, 0, 1, 8),
+        (32, 4, 4, 2, 4),
+        (24, 8, 8, 1, 3),
+        (96, 8, 32, 4, 12),
+        (24, 2, 8, 4, 4),
+        (48, 8, 4, 2, 2),
+        (24, 2, 8, 1, 6),
+        (16, 1, 2, 4, 4),
+    ],
+)
+def test_a_micro_batch_is_the_most_that_divides_a_part_and_the_mesh(rows, parts, asked, shares, size):
+    names = {"rollout.batch_size": rows, "pipeline.micro_batches": parts, "train.micro_batch_size": asked}
+    assert pipeline.micro_batch(tiny_config(**names), shares) == size
 
 
 def test_older_parameters_are_refused_with_the_reason():
@@ -159,6 +242,9 @@ class SlowTeacher(ScriptedTeacher):
             raise self.error
         return super().continue_texts(requests)
 
+    def stop(self):
+        pass
+
     def cancel(self):
         self.cancelled.set()
 
@@ -178,6 +264,16 @@ def distil(tmp_path_factory, model, tokenizer, prompts):
 def side_by_side(distil, tmp_path_factory):
     workdir, teacher = tmp_path_factory.mktemp("overlapped"), SlowTeacher(0.3)
     return workdir, distil(workdir, teacher, **{"pipeline.micro_batches": 4}), teacher
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_what_is_sampled_together_may_be_audited_and_learnt_from_in_parts(side_by_side, distil, tmp_path, rollouts):
+    workdir, _, _ = side_by_side
+    distil(tmp_path, SlowTeacher(0.0), **{"pipeline.micro_batches": 4, "pipeline.rollouts": rollouts})
+    for ours, theirs in zip(lines_of(tmp_path, "metrics"), lines_of(workdir, "metrics"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 def one_after_the_other(first, second, *, meet, **options):
