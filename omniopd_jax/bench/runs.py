@@ -59,10 +59,15 @@ def step(spec: Spec) -> Work:
     """
     counter = CompileCounter()
     config, model, tokenizer = _parts(spec, steps=_WARM_UP + 2 * _STEPS)
+    whole = dataclasses.replace(
+        config,
+        pipeline=dataclasses.replace(config.pipeline, micro_batches=1, rollouts=0),
+        train=dataclasses.replace(config.train, steps=_WARM_UP + _STEPS),
+    )
     asked = config.rollout.batch_size * config.audit.num_chunks
 
-    def steps(config: Config, slow_s: float) -> list[float]:
-        """Seconds of each step after the warm-up; the teacher takes `slow_s` in the second half of them."""
+    def steps(config: Config, slow_s: float = 0.0) -> list[float]:
+        """Seconds of each step after the warm-up; from the fifth of these on the teacher takes `slow_s`."""
         teacher = SlowTeacher(scripted_teacher("noise"), asked)
         times: list[float] = []
 
@@ -79,8 +84,7 @@ def step(spec: Spec) -> Work:
         return times[_WARM_UP:]
 
     def run() -> dict[str, Any]:
-        whole = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, micro_batches=1, rollouts=0))
-        device_s = statistics.median(steps(whole, 0.0))
+        device_s = statistics.median(steps(whole))
         times = steps(config, device_s)
         slow_s = statistics.median(times[_STEPS:])
         seconds = {"wall_s": slow_s, "cpu_s": slow_s, "step_s": slow_s, "device_s": device_s}

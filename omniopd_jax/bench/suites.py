@@ -200,15 +200,19 @@ def step(options: Options) -> Iterator[Contest]:
             chunks=4, chunk_tokens=8,
         )  # fmt: skip
 
-        def spec(micro_batches: int, shape: dict[str, int] = shape, model: str = model) -> dict[str, Any]:
+        def spec(
+            micro_batches: int, rollouts: int, shape: dict[str, int] = shape, model: str = model
+        ) -> dict[str, Any]:
             config = _run_config(options, shape, cache="auto")
-            config["pipeline"] |= dict(micro_batches=micro_batches)
+            config["pipeline"] |= dict(micro_batches=micro_batches, rollouts=rollouts)
             return _spec(options, model, "step", config=config)
 
-        yield Contest(
-            "step, slow teacher", model, shape, [Entrant("ours", spec(8)), Entrant("no overlap", spec(1))],
-            tokens=0, cost=None,
-        )  # fmt: skip
+        entrants = [
+            Entrant("ours", spec(8, 2)),
+            Entrant("each part sampled alone", spec(8, 8)),
+            Entrant("no overlap", spec(1, 1)),
+        ]
+        yield Contest("step, slow teacher", model, shape, entrants, tokens=0, cost=None)
 
 
 def start(options: Options) -> Iterator[Contest]:
