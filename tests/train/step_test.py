@@ -234,13 +234,20 @@ def stepper(model, reference, make_config):
         mesh,
         shardings,
         OPTIONS,
-    ).whole
+    )
 
     def fresh():
         return init_state(model, optimizer, shardings)
 
-    def run(state, tree):
-        return step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))
+    def run(state, *trees):
+        """One step on a batch, or on its parts."""
+        whole, *others = [batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1) for tree in trees]
+        if not others:
+            return step.whole(state, whole)
+        sums = None
+        for part in (whole, *others):
+            sums = step.add(sums, state.params, part)
+        return step.apply(state, sums)
 
     return fresh, run
 
@@ -253,6 +260,35 @@ def test_golden_step(stepper, model):
     assert found.keys() >= GOLDEN.keys()
     for name, value in GOLDEN.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+def halves(tree):
+    """Of different widths, as packing makes them: the second half's branches are one fewer."""
+    first, second = (jax.tree.map(lambda array, rows=rows: array[rows], tree) for rows in (slice(2), slice(2, None)))
+    names = [name for name in vars(second) if name.startswith("branch_") and getattr(second, name) is not None]
+    return first, second.replace(**{name: getattr(second, name)[:, :-1] for name in names})
+
+
+def test_a_step_in_parts_is_the_step_on_the_whole(stepper):
+    fresh, run = stepper
+    tree = make_tree()
+    tree.branch_weight_BxRxC[2:, -1] = 0  # what the second half leaves out
+    (whole, metrics), (parts, of_parts) = run(fresh(), tree), run(fresh(), *halves(tree))
+    assert metrics.keys() == of_parts.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(of_parts[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert int(parts.step) == 1
+    for ours, theirs in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_is_not_finite_changes_nothing(stepper):
+    fresh, run = stepper
+    first, second = halves(make_tree())
+    second.weight_BxT[0, 1] = np.inf
+    state, metrics = run(fresh(), first, second)
+    assert not metrics["is_finite"]
+    jax.tree.map(np.testing.assert_array_equal, state, fresh())
 
 
 def test_the_state_is_donated_and_the_model_that_came_in_is_not(stepper, model):
