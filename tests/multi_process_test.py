@@ -224,13 +224,19 @@ def main(folder: Path, name: str, fault: str) -> None:
     student = tiny_model(tokenizer.vocab_size)
     if name == "one":
         models.save_model(folder / "start", student, tokenizer.hf)
-    finished = []
+    finished, asked = [], []
 
     def answer(request):
-        if is_last and len(finished) == FAULTY_STEP - 1 and ("teacher" in fault or fault == "bug"):
+        is_late = "parts" not in fault or asked.count(FAULTY_STEP - 1) == 2  # of a step in parts the second
+        if is_last and len(finished) == FAULTY_STEP - 1 and ("teacher" in fault or fault == "bug") and is_late:
             raise KeyError("a bug") if fault == "bug" else TeacherStopped("The teacher is gone.")
         texts = ("add 1 and 2 with 0 gives", "7 plus 5 makes 1 2")
         return [Continuation(texts[(request.seed + i) % 2], "length") for i in range(request.n)]
+
+    class Counted(ScriptedTeacher):
+        def continue_texts(self, requests):
+            asked.append(len(finished))
+            return super().continue_texts(requests)
 
     # SGD in Adam's clothes: with b1 = b2 = 0 and a large eps a parameter changes by about its gradient.
     config = tiny_config(
@@ -257,7 +263,7 @@ def main(folder: Path, name: str, fault: str) -> None:
         folder / name,
         student=student,
         tokenizer=tokenizer,
-        teacher=ScriptedTeacher(answer),
+        teacher=Counted(answer),
         prompts=[problem.prompt(f"p{i}") for i, problem in enumerate(problems)],
         progress=lambda step, metrics: finished.append(step),
     )

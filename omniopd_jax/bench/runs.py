@@ -55,7 +55,7 @@ def step(spec: Spec) -> Work:
 
     The devices' time is that of a batch in one part whose teacher answers at once, whatever parts are measured: smaller
     parts may keep the devices busy for longer. Says step_s, device_s, parts_s (the devices' time in parts) and
-    `over_max`, step_s over device_s, which is the teacher's time as well.
+    `over_device`, step_s over device_s, which is the teacher's time too.
     """
     counter = CompileCounter()
     config, model, tokenizer = _parts(spec, steps=_WARM_UP + 2 * _STEPS)
@@ -88,7 +88,7 @@ def step(spec: Spec) -> Work:
         times = steps(config, device_s)
         slow_s = statistics.median(times[_STEPS:])
         seconds = {"wall_s": slow_s, "cpu_s": slow_s, "step_s": slow_s, "device_s": device_s}
-        seconds |= {"parts_s": statistics.median(times[:_STEPS]), "over_max": slow_s / device_s}
+        seconds |= {"parts_s": statistics.median(times[:_STEPS]), "over_device": slow_s / device_s}
         return seconds | {"tokens": config.rollout.batch_size}
 
     return work(run, counter)

@@ -108,8 +108,8 @@ def _machine_line(group: Sequence[Record]) -> str:
 def _cells(record: Record) -> list[str]:
     multiple, faster = record.get("multiple_of_bound"), record.get("ours_is_faster")
     bar = record.get("bar")
-    if "over_max" in record:
-        extra = f"{record['over_max']:.2f} × max(devices, teacher)"
+    if "over_device" in record:
+        extra = f"{record['over_device']:.2f} × the batch at once"
     elif "same_responses" in record:
         extra = (
             f"decode = rescore in {record['same_responses']:.0%} of responses, {record['same_chunks']:.0%} of chunks"

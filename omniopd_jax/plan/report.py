@@ -25,7 +25,8 @@ def _head(plan: Plan) -> str:
     config = plan.config
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     audit = config.audit
-    slots = f", {config.rollout.slots} decoded at a time" if config.rollout.slots else ""
+    sampled = config.rollout.batch_size // parts_sampled(config)
+    slots = f", {config.rollout.slots} decoded at a time" if 0 < config.rollout.slots < sampled else ""
     lines = [
         f"{plan.student} on {plan.topology.name}: {len(plan.topology.devices)} chips, mesh {mesh}",
         f"{config.rollout.batch_size} responses a step of up to {config.rollout.max_new_tokens} tokens{slots}; prompts "

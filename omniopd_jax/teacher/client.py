@@ -87,6 +87,7 @@ class ApiTeacher:
         self._rng = random.Random(run_seed)
         self._finding: Finding | None = None
         self._steps: list[Step] = []  # that are running
+        self._is_stopped = False  # by `stop` or `cancel`, for good
         self._caller = Caller(dialect, config, budget, redact)
         self._running: set[concurrent.futures.Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -170,18 +171,23 @@ class ApiTeacher:
             self._running.discard(future)
 
     def stop(self) -> None:
-        """Sends nothing more for those who wait in other threads, who hear of it once what is in flight is kept."""
+        """Sends nothing more, for good. Who waits in other threads hears of it once what is in flight is kept."""
+        self._is_stopped = True  # first: a step that begins now sees it, or is seen below
 
         def stop_all() -> None:
             for step in self._steps:
-                step.stop(TeacherStopped(f"{self.name} is not asked any more in this step."))
+                step.stop(self._stopped())
 
         self._loop.call_soon_threadsafe(stop_all)
 
     def cancel(self) -> None:
-        """Ends the calls that other threads wait for: what is in flight must not go on spending."""
+        """Ends the calls that other threads wait for, for good: what is in flight must not go on spending."""
+        self._is_stopped = True
         for future in list(self._running):
             future.cancel()
+
+    def _stopped(self) -> TeacherStopped:
+        return TeacherStopped(f"{self.name} is not asked any more.")
 
     def _kept_finding(self) -> Finding:
         kept = self._cache.get_finding(self.name, self._config.mode) if self._cache is not None else None
@@ -232,6 +238,8 @@ class ApiTeacher:
         step = Step(self._finding, time.monotonic())
         self._steps.append(step)
         try:
+            if self._is_stopped:
+                raise self._stopped()
             jobs = [step.job(request, self._dialect, self.name) for request in requests]
             await self._fill_from_cache(step)
             if self._config.replay_only:

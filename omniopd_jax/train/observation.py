@@ -68,17 +68,17 @@ def observe(
         parts = _kept((part for several in responses for part in split(several, size)), sampled)
         with closing(audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)) as audited:
             for part in audited:
+                if not heard:  # all are sampled by now
+                    evidence = whole(sampled, evidence.batch)
                 heard.append(part)
                 end = len(heard) * len(part.verdicts.score_BxMxN)
-                if end % rows:
-                    continue
-                with clock.phase("update"):
-                    verdicts, audits, of_chunks = joined(heard)
-                    asked = [of_chunks]
-                    evidence = whole(sampled, evidence.batch)._replace(verdicts=filled_up(verdicts, total))
-                    known = give_credit(config, evidence, step).tree if end < total else None
-                if known is not None:
-                    learn(_rows(known, end - rows, end))
+                if end < total and end % rows == 0:
+                    with clock.phase("update"):
+                        so_far = evidence._replace(verdicts=filled_up(joined(heard).verdicts, total))
+                        tree = give_credit(config, so_far, step).tree
+                    learn(_rows(tree, end - rows, end))
+        verdicts, audits, of_chunks = joined(heard)
+        evidence, asked = evidence._replace(verdicts=verdicts), [of_chunks]
     elif needs.responses:
         evidence = next(responses)
     with clock.phase("audit"):

@@ -73,7 +73,7 @@ def overlapped(
     to_the_end: bool = False,
 ) -> Iterator[R]:
     """meet(lambda: second(item)) for each item in order; every `second` runs on a thread of its own, which starts as
-    soon as its item is there. All items are made before the first of these is yielded, unless one has failed by then.
+    soon as its item is there. All items are made before the first of these is yielded.
 
     Args:
       first: its items are made on this thread, one after the other.
@@ -82,64 +82,65 @@ def overlapped(
       waiting: entered while this thread only waits for `second`.
       give_up: told why this thread gives up while a `second` works, to cut that short; says whether to wait until it
         has ended.
-      to_the_end: all items are made even where `second` has failed.
+      to_the_end: a `second` that fails is raised in its turn, after all items are made; else at once, whatever it is
+        of.
 
     Raises:
-      Exception: that of the first item whose `second` raised.
+      Exception: that of a `second`.
     """
     works: list[_Work[T]] = []
+    ended = threading.Condition()
+
+    def failed() -> _Work[T] | None:
+        return None if to_the_end else next((work for work in works if work.error is not None), None)
 
     def result(work: _Work[T]) -> T:
-        with waiting():
-            return work.result()
+        with waiting(), ended:
+            ended.wait_for(lambda: work.has_ended or failed() is not None)
+        return (failed() or work).result()
 
     try:
         for item in first:
-            works.append(_Work(second, item))
-            if not to_the_end and any(work.error is not None for work in works):
+            works.append(_Work(second, item, ended))
+            if failed() is not None:
                 break
         for work in works:
             yield meet(functools.partial(result, work))
     except BaseException as error:
-        if any(work.is_running for work in works) and give_up(error):
+        if not all(work.has_ended for work in works) and give_up(error):
             try:
-                with waiting():
-                    for work in works:
-                        work.wait()
+                with waiting(), ended:
+                    ended.wait_for(lambda: all(work.has_ended for work in works))
             except Interrupted as interrupted:  # what is raised stays the first reason, which other processes know
                 give_up(interrupted)
         raise
 
 
 class _Work(Generic[T]):
-    """One call on a thread of its own."""
+    """One call on a thread of its own, which notifies `ended` at its end."""
 
-    def __init__(self, function: Callable[[S], T], item: S):
+    def __init__(self, function: Callable[[S], T], item: S, ended: threading.Condition):
+        self.has_ended = False
         self.error: BaseException | None = None
-        self._result: list[T] = []
+        self._found: list[T] = []
         # A daemon: a thread that waits for a dead teacher must not keep an interrupted process alive.
-        self._thread = threading.Thread(target=self._run, args=(function, item), name="audit", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self) -> None:
-        self._thread.join()
+        threading.Thread(target=self._run, args=(function, item, ended), name="audit", daemon=True).start()
 
     def result(self) -> T:
-        """Waits, and returns or raises what came of it."""
-        self.wait()
+        """Returns or raises what came of it; it has ended."""
         if self.error is not None:
             raise self.error
-        return self._result[0]
+        return self._found[0]
 
-    def _run(self, function: Callable[[S], T], item: S) -> None:
+    def _run(self, function: Callable[[S], T], item: S, ended: threading.Condition) -> None:
+        error = None
         try:
-            self._result.append(function(item))
-        except BaseException as error:  # whatever it is, the thread that waits has to hear of it
-            self.error = error
+            self._found.append(function(item))
+        except BaseException as raised:  # whatever it is, the thread that waits has to hear of it
+            error = raised
+        with ended:
+            self.error, self.has_ended = error, True
+            ended.notify_all()
 
 
 class Shared:

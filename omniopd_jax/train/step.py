@@ -257,9 +257,8 @@ def sum_shapes(
     teacher: Model | None = None,
 ) -> Sums:
     """What `gradients` takes as its start, as shapes."""
-    shapes = jax.eval_shape(
-        lambda *given: gradients(*given[:4], options, given[4]), frozen, params, reference, trees, teacher
-    )
+    of_trees = functools.partial(gradients, options=options)
+    shapes = jax.eval_shape(of_trees, frozen, params, reference, trees, teacher=teacher)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
@@ -292,14 +291,15 @@ def make_step(
     add = jit_add(frozen, reference, mesh, shardings, options, teacher)
     apply = jit_apply(optimizer, schedule, mesh, shardings)
 
-    zeros: list[Callable[[], Sums]] = []  # made once; the names of the terms depend on the fields of the first trees
+    zeros: Callable[[], Sums] | None = None  # the names of the terms depend on the fields of the first trees
 
     def add_to(sums: Sums | None, params: PyTree, trees: TokenTree) -> Sums:
-        if not zeros:
+        nonlocal zeros
+        if zeros is None:
             shapes = sum_shapes(frozen, params, reference, trees, options, teacher)
             make = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            zeros.append(jax.jit(make, out_shardings=(shardings.params, replicated(mesh))))
-        return add(zeros[0]() if sums is None else sums, frozen, params, reference, trees, teacher)
+            zeros = jax.jit(make, out_shardings=(shardings.params, replicated(mesh)))
+        return add(zeros() if sums is None else sums, frozen, params, reference, trees, teacher)
 
     return Step(lambda state, trees: whole(state, frozen, reference, trees, teacher), add_to, apply)
 

@@ -72,6 +72,12 @@ def test_a_batch_in_parts_is_planned_in_parts(planned, tmp_path):
     runs = {one["name"]: one["runs_a_step"] for one in found["programs"]}
     assert runs == {"prefill": 2, "decode": 2, "gradients": 2, "update": 1}
     assert found["micro_batch"] == whole["micro_batch"] / 2
+    held, programs = found["held_bytes"], {one["name"]: one for one in found["programs"]}
+    assert held["gradients"] == held["parameters"], "float32, as the parameters"
+    beside = {"gradients": held["optimizer"], "update": held["reference"]}
+    for name, others in beside.items():
+        one = programs[name]
+        assert one["peak_bytes"] >= one["argument_bytes"] + one["temporary_bytes"] + others, name
     flops = [sum(one["flops"] * one["runs_a_step"] for one in plan["programs"]) for plan in (found, whole)]
     assert flops[0] == pytest.approx(flops[1], rel=0.05), "the same arithmetic"
 
