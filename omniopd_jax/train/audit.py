@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ class Audit(NamedTuple):
 
 def audit(
     experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
-) -> Iterator[Audit]:
+) -> Generator[Audit]:
     """The audits of a batch's micro-batches, in order: one is sampled while the teacher works on the one before, and
     each is yielded while the teacher works on those behind it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -71,7 +71,7 @@ def overlapped(
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     give_up: Callable[[BaseException], bool] = lambda error: False,
     to_the_end: bool = False,
-) -> Iterator[R]:
+) -> Generator[R]:
     """meet(lambda: second(item)) for each item in order; every `second` runs on a thread of its own, which starts as
     soon as its item is there. All items are made before the first of these is yielded.
 
