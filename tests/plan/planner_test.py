@@ -18,6 +18,15 @@ from omniopd_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+TINY = (
+    "--config=configs/tiny.py",
+    "--topology=cpu:8",
+    "--config.world.student_layers=1",
+    "--config.world.student_width=48",
+    "--config.data.max_prompt_tokens=16",
+    "--config.mesh.tensor=2",
+)
+
 
 def _run(*flags: str, timeout: int = 900) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -33,15 +42,7 @@ def _run(*flags: str, timeout: int = 900) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans") / "made" / "by it"
-    done = _run(
-        "--config=configs/tiny.py",
-        "--topology=cpu:8",
-        "--config.world.student_layers=1",
-        "--config.world.student_width=48",
-        "--config.data.max_prompt_tokens=16",
-        "--config.mesh.tensor=2",
-        f"--json={folder / 'tiny.json'}",
-    )
+    done = _run(*TINY, f"--json={folder / 'tiny.json'}")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads((folder / "tiny.json").read_text()), folder
 
@@ -57,16 +58,7 @@ def test_the_report_says_what_is_asked(planned):
 
 def test_a_batch_in_parts_is_planned_in_parts(planned, tmp_path):
     _, whole, _ = planned
-    done = _run(
-        "--config=configs/tiny.py",
-        "--topology=cpu:8",
-        "--config.world.student_layers=1",
-        "--config.world.student_width=48",
-        "--config.data.max_prompt_tokens=16",
-        "--config.mesh.tensor=2",
-        "--config.pipeline.micro_batches=2",
-        f"--json={tmp_path / 'parts.json'}",
-    )
+    done = _run(*TINY, "--config.pipeline.micro_batches=2", f"--json={tmp_path / 'parts.json'}")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "parts.json").read_text())
     runs = {one["name"]: one["runs_a_step"] for one in found["programs"]}
