@@ -138,9 +138,11 @@ def make_plan(
         for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
     )
 
+    apply = programs.compile_apply(shapes)
+
     def at(size: int) -> Plan:
         progress(f"the step in micro-batches of {size}")
-        update = tuple(programs.compile_update(shapes, size))
+        update = (programs.compile_gradients(shapes, size), *apply)
         return Plan(topology, dict(mesh.shape), name, config, size, held, others, update, {}, teacher)
 
     if not search:

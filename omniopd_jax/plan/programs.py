@@ -146,19 +146,35 @@ def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
     return jitted.lower(shapes.state, *fixed, _trees(shapes, micro_batch), None)
 
 
-def compile_update(shapes: Shapes, micro_batch: int) -> list[Compiled]:
-    """The training step; or, where a batch is learnt from in parts, the gradients of one and the optimizer's update."""
+def compile_gradients(shapes: Shapes, micro_batch: int) -> Compiled:
+    """The training step; where a batch is learnt from in parts, the gradients of one."""
     config, mesh, parts = shapes.config, shapes.mesh, parts_learnt(shapes.config)
     if parts == 1:
-        return [compiled("step", lower_step(shapes, micro_batch), mesh)]
-    frozen, params, options = without_trainable(shapes.student), shapes.state.params, step_options(config, mesh)
-    given = (frozen, params, shapes.reference, _trees(a_part(shapes, parts), micro_batch))
-    sums = sum_shapes(*given, options)
-    sums = _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: sharding.replicated(mesh), sums[1])))
-    lowered = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options).lower(sums, *given, None)
-    gradients = dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
+        return compiled("step", lower_step(shapes, micro_batch), mesh)
+    frozen, options = without_trainable(shapes.student), step_options(config, mesh)
+    given = (frozen, shapes.state.params, shapes.reference, _trees(a_part(shapes, parts), micro_batch))
+    jitted = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options)
+    lowered = jitted.lower(_sums(shapes, micro_batch), *given, None)
+    return dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
+
+
+def compile_apply(shapes: Shapes) -> list[Compiled]:
+    """The optimizer's update from the parts' gradients; none where the step has it."""
+    config, mesh, parts = shapes.config, shapes.mesh, parts_learnt(shapes.config)
+    if parts == 1:
+        return []
+    sums = _sums(shapes, config.rollout.batch_size // parts)
     lowered = jit_apply(*_optimizer(config), mesh, shapes.shardings).lower(shapes.state, sums)
-    return [gradients, compiled("update", lowered, mesh)]
+    return [compiled("update", lowered, mesh)]
+
+
+def _sums(shapes: Shapes, micro_batch: int) -> PyTree:
+    """Gradients and terms of a part, as shapes with shardings; the same for every micro-batch."""
+    trees = _trees(a_part(shapes, parts_learnt(shapes.config)), micro_batch)
+    frozen, options = without_trainable(shapes.student), step_options(shapes.config, shapes.mesh)
+    sums = sum_shapes(frozen, shapes.state.params, shapes.reference, trees, options)
+    whole = sharding.replicated(shapes.mesh)
+    return _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: whole, sums[1])))
 
 
 def _optimizer(config: Config) -> tuple[Any, Any]:
