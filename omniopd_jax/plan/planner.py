@@ -15,7 +15,7 @@ from omniopd_jax.plan.students import find_student
 from omniopd_jax.plan.topology import Topology
 from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 from omniopd_jax.train import sharding
-from omniopd_jax.train.pipeline import micro_batch, parts_learnt, parts_sampled
+from omniopd_jax.train.pipeline import micro_batch, micro_batches, parts_learnt, parts_sampled
 from omniopd_jax.train.small_world import model_config
 from omniopd_jax.types import InputError
 from omniopd_jax.worlds import get_world
@@ -131,7 +131,7 @@ def make_plan(
     if config.lora.rank > 0:
         held["adapters"] = programs.bytes_a_chip(shapes.state.params)
     if parts_learnt(config) > 1:
-        held["gradients"] = programs.bytes_a_chip(programs.sums_like(shapes.state.params))
+        held["gradients"] = programs.bytes_a_chip(programs.part_sums(shapes)[0])
     progress("sampling")
     others = tuple(
         dataclasses.replace(one, runs=one.runs * parts)
@@ -154,9 +154,7 @@ def make_plan(
 
 def largest(shapes: Shapes, at: Callable[[int], Plan]) -> Plan:
     """The plan of the largest micro-batch whose step fits, by bisection; of the smallest where none does."""
-    shares, config = sharding.batch_shares(shapes.mesh), shapes.config
-    rows = config.rollout.batch_size // parts_learnt(config)
-    sizes = [size for size in range(shares, rows + 1, shares) if rows % size == 0]
+    sizes = micro_batches(shapes.config, sharding.batch_shares(shapes.mesh))
     low, high, best = 0, len(sizes), None  # sizes below `low` fit, those from `high` on do not
     tried: dict[int, bool] = {}
     while low < high:

@@ -154,24 +154,24 @@ def compile_gradients(shapes: Shapes, micro_batch: int) -> Compiled:
     frozen, options = without_trainable(shapes.student), step_options(config, mesh)
     given = (frozen, shapes.state.params, shapes.reference, _trees(a_part(shapes, parts), micro_batch))
     jitted = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options)
-    lowered = jitted.lower(_sums(shapes, micro_batch), *given, None)
+    lowered = jitted.lower(part_sums(shapes), *given, None)
     return dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
 
 
 def compile_apply(shapes: Shapes) -> list[Compiled]:
     """The optimizer's update from the parts' gradients; none where the step has it."""
-    config, mesh, parts = shapes.config, shapes.mesh, parts_learnt(shapes.config)
-    if parts == 1:
+    config, mesh = shapes.config, shapes.mesh
+    if parts_learnt(config) == 1:
         return []
-    sums = _sums(shapes, config.rollout.batch_size // parts)
-    lowered = jit_apply(*_optimizer(config), mesh, shapes.shardings).lower(shapes.state, sums)
+    lowered = jit_apply(*_optimizer(config), mesh, shapes.shardings).lower(shapes.state, part_sums(shapes))
     return [compiled("update", lowered, mesh)]
 
 
-def _sums(shapes: Shapes, micro_batch: int) -> PyTree:
-    """Gradients and terms of a part, as shapes with shardings; the same for every micro-batch."""
-    trees = _trees(a_part(shapes, parts_learnt(shapes.config)), micro_batch)
+def part_sums(shapes: Shapes) -> tuple[PyTree, PyTree]:
+    """(gradients, terms) of a part that is learnt from, as shapes with shardings; the same for every micro-batch."""
+    part = a_part(shapes, parts_learnt(shapes.config))
     frozen, options = without_trainable(shapes.student), step_options(shapes.config, shapes.mesh)
+    trees = _trees(part, part.config.rollout.batch_size)
     sums = sum_shapes(frozen, shapes.state.params, shapes.reference, trees, options)
     whole = sharding.replicated(shapes.mesh)
     return _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: whole, sums[1])))
@@ -347,11 +347,6 @@ def bytes_a_chip(tree: PyTree) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def sums_like(params: PyTree) -> PyTree:
-    """Sums of gradients, as shapes with shardings."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), params)
 
 
 def cache_bytes(shapes: Shapes) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from omniopd_jax.teacher.protocol import Teacher
 from omniopd_jax.teacher.verify import verify
-from omniopd_jax.train import distributed, pipeline, tally
+from omniopd_jax.train import batching, distributed, pipeline, tally
 from omniopd_jax.train.credit import Evidence
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.stops import Interrupts
@@ -171,11 +171,10 @@ def filled_up(verdicts: Verdicts, rows: int) -> Verdicts:
 
 def split(evidence: Evidence, count: int) -> list[Evidence]:
     """What was gathered about a batch, in `count` equal parts, rows in their order."""
-    arrays, batches = evidence._replace(batch=None), rows_of(evidence.batch, count)
-    size = len(evidence.batch.prompts) // count
+    arrays, size = evidence._replace(batch=None), len(evidence.batch.prompts) // count
     return [
-        jax.tree.map(lambda array: array[start * size : (start + 1) * size], arrays)._replace(batch=batch)  # noqa: B023
-        for start, batch in enumerate(batches)
+        batching.sliced(arrays, number * size, (number + 1) * size)._replace(batch=batch)
+        for number, batch in enumerate(rows_of(evidence.batch, count))
     ]
 
 

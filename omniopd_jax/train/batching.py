@@ -30,6 +30,11 @@ def to_devices(tree: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
     return jax.tree.map(lambda array: gathering.spread(array, sharding), tree)
 
 
+def sliced(tree: PyTree, start: int, end: int) -> PyTree:
+    """These rows of every array. Host arrays."""
+    return jax.tree.map(lambda array: array[start:end], tree)
+
+
 def micro_batches(tree: TokenTree, count: int) -> TokenTree:
     """Splits rows into `count` equal parts along a new first axis: [B, …] → [count, B / count, …]. Host arrays."""
     return jax.tree.map(lambda array: array.reshape(count, array.shape[0] // count, *array.shape[1:]), tree)

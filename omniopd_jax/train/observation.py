@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -76,7 +75,7 @@ def observe(
                     with clock.phase("update"):
                         so_far = evidence._replace(verdicts=filled_up(joined(heard).verdicts, total))
                         tree = give_credit(config, so_far, step).tree
-                    learn(_rows(tree, end - rows, end))
+                    learn(batching.sliced(tree, end - rows, end))
         verdicts, audits, of_chunks = joined(heard)
         evidence, asked = evidence._replace(verdicts=verdicts), [of_chunks]
     elif needs.responses:
@@ -88,7 +87,7 @@ def observe(
         if needs.reward:
             evidence = evidence._replace(reward_B=_rewards(experiment, evidence))
         credit = give_credit(config, evidence, step)
-    learn(_rows(credit.tree, total - rows, len(credit.tree.tokens_BxT)))
+    learn(batching.sliced(credit.tree, total - rows, len(credit.tree.tokens_BxT)))
     return Observation(evidence, credit, _complete(audits, credit), tally.in_turn(asked).metrics)
 
 
@@ -96,10 +95,6 @@ def _kept(parts: Iterable[Evidence], to: list[Evidence]) -> Iterator[Evidence]:
     for part in parts:
         to.append(part)
         yield part
-
-
-def _rows(tree: TokenTree, start: int, end: int) -> TokenTree:
-    return jax.tree.map(lambda array: array[start:end], tree)
 
 
 def _respond(experiment: Experiment, evidence: Evidence, index: int, clock: Clock) -> Evidence:

@@ -53,14 +53,20 @@ def parts_learnt(config: Config) -> int:
     return parts_audited(config) if is_by_row(config) and config.train.updates_per_batch == 1 else 1
 
 
-def micro_batch(config: Config, shares: int) -> int:
-    """Responses that a pass of the update computes: the most that divide a part, up to `train.micro_batch_size`.
+def micro_batches(config: Config, shares: int) -> list[int]:
+    """Sizes, ascending, in which a pass of the update may compute the responses of a part.
 
     `shares` is the mesh's data × fsdp, which divides every part (`sharding.check_batch`).
     """
     rows = config.rollout.batch_size // parts_learnt(config)
-    most = max(config.train.micro_batch_size or rows, shares)
-    return max(size for size in range(shares, min(rows, most) + 1, shares) if rows % size == 0)
+    return [size for size in range(shares, rows + 1, shares) if rows % size == 0]
+
+
+def micro_batch(config: Config, shares: int) -> int:
+    """The largest of `micro_batches` up to `train.micro_batch_size`."""
+    sizes = micro_batches(config, shares)
+    most = max(config.train.micro_batch_size or sizes[-1], shares)
+    return max(size for size in sizes if size <= most)
 
 
 def overlapped(
