@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from omniopd_jax.algo.blocks import block_logits, check_shapes, head_rows, pull_back, scan_blocks
 from omniopd_jax.types import Array
 
+_LOWEST = -104.0  # exp of it rounds to 0 in float32
 
 def entropy_and_logprob(
     hidden_BxTxD: Array,
@@ -65,7 +66,17 @@ def token_logprob(
 def log_normaliser(logits_nxV: Array) -> tuple[Array, Array]:
     """(peak, log_total), each [n, 1]: log Σ exp = peak + log_total. Kept apart, large logits lose no digits."""
     peak = jnp.max(logits_nxV, axis=-1, keepdims=True)
-    return peak, jnp.log(jnp.sum(jnp.exp(logits_nxV - peak), axis=-1, keepdims=True))
+    shifted = logits_nxV - peak
+    return peak, jnp.log(jnp.sum(_where_positive(shifted, jnp.exp(shifted)), axis=-1, keepdims=True))
+
+
+def _where_positive(logprobs_nxV: Array, terms_nxV: Array) -> Array:
+    """Terms of a sum over the vocabulary, 0 where exp(log-probability) is 0 in float32 (0 · −inf is not a number).
+
+    Besides: where exp and sum meet without a choice between them, XLA's CPU backend makes one kernel of both that
+    takes twice as long and a single core (docs/benchmarks.md).
+    """
+    return jnp.where(logprobs_nxV > _LOWEST, terms_nxV, 0.0)
 
 
 def target_logit(logits_nxV: Array, targets_n: Array) -> Array:
@@ -99,7 +110,7 @@ def _score_forward(
         if with_entropy:
             # grouped so that no array of [n, V] is shared with the sum above and stored for it
             logprobs = logits - (peak + log_total)
-            entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+            entropy = -jnp.sum(_where_positive(logprobs, jnp.exp(logprobs) * logprobs), axis=-1)
         return None, (entropy, logprob[:, 0], (peak + log_total)[:, 0])
 
     _, (entropy, logprob, normaliser) = scan_blocks(block, None, (hidden, targets), block_tokens=block_tokens)
