@@ -38,11 +38,19 @@ BRANCH = {
 }
 _REPULSION = BRANCH | {"objective.repulsion": 0.25}
 _IMITATE = {"objective.arm": "imitate", "objective.anchor_weight": 0.0, "audit.positions": "entropy_weighted"}
+_IMITATE_BOTH = _IMITATE | {"audit.positions": "random", "objective.confidence_power": 0.5}
 # An answer has some 34 tokens, four chunks 25 on average: 24 answers cost what 32 audited responses do.
 _SFT = {"objective.arm": "sft", "objective.anchor_weight": 0.0, "rollout.batch_size": 24}
 _OPD = {"objective.arm": "opd", "objective.anchor_weight": 0.0}
 _GRPO = {"objective.arm": "grpo", "objective.anchor_weight": 0.0, "rollout.samples_per_prompt": 8}
 _SELF = {"teacher.kind": "self"}
+
+
+# The arms that lie closest to each other, or to the student before, in the two worlds that ask which is best.
+_CLOSE = ("verify_evidence", "branch_repulsion", "sft", "sft_confident", "opd_reverse", "imitate_both", "grpo")
+_MORE_SEEDS = (3, 4)
+_IN_WRONG = ("verify", "branch_repulsion", "sft", "imitate_both")
+_IN_SWEEPS = ("verify", "branch", "sft", "imitate_both")
 
 
 def _arm(name: str, title: str, *settings: dict[str, Any], rate_of: str = "", is_control: bool = False) -> dict:
@@ -66,12 +74,7 @@ _MAIN = (
     _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
     _arm("opd_reverse", "white-box OPD, reverse KL", _OPD, {"objective.divergence": "reverse_kl"}),
     _arm("imitate", "`imitate`", _IMITATE),
-    _arm(
-        "imitate_both",
-        "`imitate`, random positions, weighted by p^0.5",
-        _IMITATE,
-        {"audit.positions": "random", "objective.confidence_power": 0.5},
-    ),
+    _arm("imitate_both", "`imitate`, random positions, weighted by p^0.5", _IMITATE_BOTH),
     _arm(
         "mixture",
         "mixture: `branch` + 0.2 · `imitate`",
@@ -177,6 +180,26 @@ _SWEEPS = (
         {"train.steps": 5 * _UPDATES, "train.max_teacher_tokens": 5 * _TEACHER_TOKENS},
     ),
     _control("branch_anchor", "`branch`, β = 0.1", "branch", BRANCH, {"objective.anchor_weight": 0.1}),
+    *(
+        _control(
+            f"imitate_power_{power}",
+            f"`imitate`, random positions, weighted by p^{power}",
+            "imitate_both",
+            _IMITATE_BOTH,
+            {"objective.confidence_power": power},
+        )
+        for power in (0.25, 0.75, 1.0)
+    ),
+    *(
+        _control(
+            f"imitate_{m}_{c}",
+            f"`imitate`, random positions, p^0.5, {m} chunks of {c}",
+            "imitate_both",
+            _IMITATE_BOTH,
+            {"audit.num_chunks": m, "audit.chunk_tokens": c},
+        )
+        for m, c in ((2, 16), (8, 4))
+    ),
 )
 _TITLES = {
     "arithmetic": ("Three-digit addition", "A student that forgets carries; steps worded in one of three ways."),
@@ -185,7 +208,7 @@ _TITLES = {
     "undertrained": ("Addition, an undertrained student", "The student's texts are faultless, but it saw few of them."),
     "characters": ("Addition, a teacher that reads characters", "Teacher and student share text and no tokenizer."),
     "wrong_teacher": ("Addition, a wrong teacher", "The teacher forgets carries as well: what is learned is its text."),
-    "sweeps": ("Addition, one knob at a time", "Each row is `verify` or `branch` with one knob changed."),
+    "sweeps": ("Addition, one knob at a time", "Each row is `verify`, `branch`, `imitate` or SFT with one knob changed."),
 }
 _CLAIMS = (
     *(
@@ -265,11 +288,13 @@ def get_study(argument: str = "arithmetic") -> dict[str, Any]:
     section, is_fast = _parsed(argument)
     arms = {
         "arithmetic": (*_MAIN, *_VARIANTS, *_CONTROLS),
-        "wrong_teacher": tuple(arm for arm in _MAIN if arm["name"] in ("verify", "branch_repulsion", "sft")),
-        "sweeps": (*(arm for arm in _MAIN if arm["name"] in ("verify", "branch", "sft")), *_SWEEPS),
+        "wrong_teacher": tuple(arm for arm in _MAIN if arm["name"] in _IN_WRONG),
+        "sweeps": (*(arm for arm in _MAIN if arm["name"] in _IN_SWEEPS), *_SWEEPS),
     }.get(section, _MAIN)
     if section == "characters":
         arms = tuple(_of_characters(arm) for arm in arms if arm["settings"]["objective.arm"] != "opd")
+    if section in ("arithmetic", "rewriting") and not is_fast:
+        arms = tuple(arm | dict(more_seeds=_MORE_SEEDS) if arm["name"] in _CLOSE else arm for arm in arms)
     names = {arm["name"] for arm in arms} | {"before"}
     title, about = _TITLES[section]
     study = dict(
@@ -285,7 +310,7 @@ def get_study(argument: str = "arithmetic") -> dict[str, Any]:
         arms=arms,
         claims=tuple(claim for claim in _CLAIMS if {claim["better"], claim["worse"]} <= names),
         references=tuple(name for name in ("before", "branch_self", "sft", "opd_reverse") if name in names),
-        curves=tuple(arm["name"] for arm in arms if arm in _MAIN and not arm["is_control"]),
+        curves=tuple(arm["name"] for arm in _MAIN if arm["name"] in names and not arm["is_control"]),
     )
     if is_fast:
         chosen = tuple(arm for arm in arms if arm["name"] in ("verify", "branch_repulsion", "sft", "branch_self"))

@@ -25,6 +25,7 @@ class Arm:
     settings: Mapping[str, Any]  # {"section.knob": value} on top of the study's common run
     rate_of: str = ""  # the arm whose learning rate it takes; "": it has a search of its own
     is_control: bool = False
+    more_seeds: tuple[int, ...] = ()  # beside the study's: narrower intervals where they matter most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Study:
     name: str  # of its folder
     title: str
     about: str  # sentences for the reader of the results
-    seeds: tuple[int, ...]  # of the world, the models and every draw; the search uses the first
+    seeds: tuple[int, ...]  # of the world, the models and every draw, for every arm; the search uses the first
     learning_rates: tuple[float, ...]  # the grid, in equal ratios
     extensions: int  # further rates tried while the best one lies at the grid's edge
     curve_every: int  # updates between points of the curves
@@ -56,6 +57,15 @@ class Study:
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """Seeds of one arm."""
+        return (*self.seeds, *arm.more_seeds)
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Seeds of any arm: the worlds there are."""
+        return tuple(sorted({seed for arm in self.arms for seed in self.seeds_of(arm)}))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -97,7 +107,7 @@ def study_from(values: Mapping[str, Any]) -> Study:
         Study,
         dict(values)
         | dict(
-            arms=tuple(_frozen(Arm, arm) for arm in values.get("arms", ())),
+            arms=tuple(_arm(arm) for arm in values.get("arms", ())),
             claims=tuple(_frozen(Claim, claim) for claim in values.get("claims", ())),
             seeds=tuple(values.get("seeds", ())),
             learning_rates=tuple(values.get("learning_rates", ())),
@@ -121,6 +131,9 @@ def study_from(values: Mapping[str, Any]) -> Study:
     for name in (*study.references, *study.curves):
         if name not in (*names, "before"):
             raise InputError(f"Study {study.name!r}: there is no arm {name!r}, named in its references or curves.")
+    for arm in study.arms:
+        if len(set(study.seeds_of(arm))) < len(study.seeds_of(arm)):
+            raise InputError(f"Study {study.name!r}: {arm.name} has a seed twice, {study.seeds_of(arm)}.")
     if not study.seeds or not study.learning_rates or list(study.learning_rates) != sorted(study.learning_rates):
         raise InputError(f"Study {study.name!r} needs seeds and learning rates in ascending order.")
     for learning_rate in study.learning_rates:
@@ -200,7 +213,7 @@ def wanted(study: Study, scores: Scores) -> list[Run]:
     for arm in study.arms:
         chosen = rate(study, arm, scores)
         if chosen is not None:
-            runs += [Run(arm.name, chosen, seed) for seed in study.seeds]
+            runs += [Run(arm.name, chosen, seed) for seed in study.seeds_of(arm)]
         elif not arm.rate_of:
             found = {
                 run.learning_rate: s for run, s in scores.items() if run.arm == arm.name and run.seed == study.seeds[0]
@@ -215,10 +228,14 @@ def final_runs(study: Study, scores: Scores) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for arm in study.arms:
         chosen = rate(study, arm, scores)
-        runs = [Run(arm.name, chosen, seed) for seed in study.seeds] if chosen is not None else []
+        runs = [Run(arm.name, chosen, seed) for seed in study.seeds_of(arm)] if chosen is not None else []
         if finished := [run for run in runs if run in scores]:
             found[arm.name] = finished
     return found
+
+
+def _arm(values: Mapping[str, Any]) -> Arm:
+    return _frozen(Arm, dict(values) | dict(more_seeds=tuple(values.get("more_seeds", ()))))
 
 
 def _frozen(kind: type, values: Mapping[str, Any]) -> Any:

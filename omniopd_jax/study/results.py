@@ -32,7 +32,8 @@ number in use at temperature 1. KL: nats a token at temperature 1 against the te
 forward on the teacher's; – where the two have no common vocabulary. Teacher tokens are those that it wrote, which are
 what is held equal; read: those that it read before, a response once for all of its chunks (an API reads it for each).
 CPU s: seconds of one update, the median, of this process alone. Seeds: those that the row is a mean of; a run that
-overflowed is named there and is in no mean.
+overflowed is named there and is in no mean. Arms with more seeds than the others got them after the first three were
+in, to narrow the intervals between those that lie closest; a difference is over the seeds that both arms have.
 """
 
 
@@ -45,7 +46,7 @@ class _Finished:
         self.scores = schedule.finished(self.study, folder)
         self.runs = design.final_runs(self.study, self.scores)
         self.measured = {run: read_measured(folder / run.path) or {} for runs in self.runs.values() for run in runs}
-        worlds = {seed: read_measured(design.world_path(folder, seed)) for seed in self.study.seeds}
+        worlds = {seed: read_measured(design.world_path(folder, seed)) for seed in self.study.all_seeds}
         self.worlds = {seed: world for seed, world in worlds.items() if world is not None}
 
     def of(self, name: str) -> dict[int, Mapping[str, Any]]:
@@ -58,7 +59,7 @@ class _Finished:
     def compare(self, better: str, worse: str, mode: str) -> Difference | None:
         """Paired over the seeds that both have; None where there is none."""
         first, second = self.of(better), self.of(worse)
-        seeds = [seed for seed in self.study.seeds if seed in first and seed in second]
+        seeds = [seed for seed in self.study.all_seeds if seed in first and seed in second]
         if not seeds:
             return None
         return difference(
@@ -106,24 +107,29 @@ def _section(finished: _Finished, picture: str) -> str:
 
 def _facts(finished: _Finished) -> str:
     study, common = finished.study, finished.common
-    planned, done = len(study.arms) * len(study.seeds), sum(map(len, finished.runs.values()))
+    planned, done = sum(len(study.seeds_of(arm)) for arm in study.arms), sum(map(len, finished.runs.values()))
     updates, budget = common["train"]["steps"], common["train"]["max_teacher_tokens"]
     problems = {len(right(world["student"], "greedy")) for world in finished.worlds.values()}
     validation = {len(right(world["student"], "greedy", "validation")) for world in finished.worlds.values()}
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     cap = f" or, before that, once the teacher has written {budget:,} tokens" if budget else ""
     text = (
-        f"{len(study.seeds)} seeds (each with a world, a teacher and a student of its own), {_join(problems)} held-out "
+        f"{len(study.seeds)} seeds{_more(study)} (each with a world, a teacher and a student of its own), {_join(problems)} held-out "
         f"problems each. A run ends after {updates} updates{cap}. "
         f"Learning rates: the best of {rates} and at most {study.extensions} beyond the grid where the best "
         "lies at its edge, by the mean of greedy and temperature-1 accuracy on "
         f"{_join(validation)} validation problems, on seed {study.seeds[0]}; controls take the rate of the arm that "
         f"they belong to. {done} of {planned} runs at chosen rates are finished."
     )
-    missing = [arm.name for arm in study.arms if len(finished.runs.get(arm.name, ())) < len(study.seeds)]
+    missing = [arm.name for arm in study.arms if len(finished.runs.get(arm.name, ())) < len(study.seeds_of(arm))]
     if missing:
         text += f" Not complete: {', '.join(missing)}."
     return text + "\n"
+
+
+def _more(study: design.Study) -> str:
+    counts = {len(study.seeds_of(arm)) for arm in study.arms} - {len(study.seeds)}
+    return f", of some arms {_join(counts)}" if counts else ""
 
 
 def _join(values: set[int]) -> str:

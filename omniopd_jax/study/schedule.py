@@ -108,7 +108,7 @@ def do_all(
 
 def next_jobs(study: Study, folder: Path) -> list[str]:
     """Names of the jobs that can be started now, in order; runs whose world is not there yet wait."""
-    has_world = {seed: read_measured(design.world_path(folder, seed)) is not None for seed in study.seeds}
+    has_world = {seed: read_measured(design.world_path(folder, seed)) is not None for seed in study.all_seeds}
     runs = [run for run in design.wanted(study, finished(study, folder)) if has_world[run.seed]]
     worlds = [f"world/{seed}" for seed, is_there in has_world.items() if not is_there]
     return [*worlds, *(run.path for run in runs)]

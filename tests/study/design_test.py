@@ -46,6 +46,7 @@ def test_a_study_survives_json(study):
         (dict(claims=[dict(text="t", better="a", worse="z")]), "'z', no such arm"),
         (dict(references=["z"]), "no arm 'z'"),
         (dict(learning_rates=(2.0, 1.0)), "ascending order"),
+        (dict(arms=[dict(name="a", title="A", settings={}, more_seeds=[2, 1])], claims=[]), "a has a seed twice"),
         (dict(learning_rates=(1e-4, 3.1623e-4)), "at most three digits, got 0.00031623"),
     ],
 )
@@ -100,6 +101,17 @@ def test_a_study_comes_to_an_end(study):
             break
         scores |= {run: -run.learning_rate for run in runs}
     assert {name: len(runs) for name, runs in design.final_runs(study, scores).items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_an_arm_with_more_seeds_has_runs_and_worlds_for_them():
+    arms = plain()["arms"]
+    study = design.study_from(plain(arms=[arms[0] | dict(more_seeds=[7]), *arms[1:]]))
+    scores = {Run("a", rate, 0): score for rate, score in zip(GRID, (0.1, 0.3, 0.2), strict=True)}
+    later = design.wanted(study, scores)
+    assert [run.seed for run in later if run.arm == "a"] == [1, 7]
+    assert [run.seed for run in later if run.arm == "c"] == [0, 1]  # a control takes the rate, not the seeds
+    assert study.all_seeds == (0, 1, 7)
+    assert design.only(study, ["b"]).all_seeds == (0, 1)  # nobody needs that world
 
 
 def test_only_keeps_the_arms_whose_rates_are_taken(study):
