@@ -208,7 +208,7 @@ _TITLES = {
     "undertrained": ("Addition, an undertrained student", "The student's texts are faultless, but it saw few of them."),
     "characters": ("Addition, a teacher that reads characters", "Teacher and student share text and no tokenizer."),
     "wrong_teacher": ("Addition, a wrong teacher", "The teacher forgets carries as well: what is learned is its text."),
-    "sweeps": ("Addition, one knob at a time", "Each row is `verify`, `branch`, `imitate` or SFT with one knob changed."),
+    "sweeps": ("Addition, one knob at a time", "Each row is `verify`, `branch` or `imitate` with one knob changed."),
 }
 _CLAIMS = (
     *(

@@ -114,8 +114,8 @@ def _facts(finished: _Finished) -> str:
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     cap = f" or, before that, once the teacher has written {budget:,} tokens" if budget else ""
     text = (
-        f"{len(study.seeds)} seeds{_more(study)} (each with a world, a teacher and a student of its own), {_join(problems)} held-out "
-        f"problems each. A run ends after {updates} updates{cap}. "
+        f"{len(study.seeds)} seeds{_more(study)} (each with a world, a teacher and a student of its own), "
+        f"{_join(problems)} held-out problems each. A run ends after {updates} updates{cap}. "
         f"Learning rates: the best of {rates} and at most {study.extensions} beyond the grid where the best "
         "lies at its edge, by the mean of greedy and temperature-1 accuracy on "
         f"{_join(validation)} validation problems, on seed {study.seeds[0]}; controls take the rate of the arm that "
