@@ -19,6 +19,7 @@ from omniopd_jax.types import Array
 
 _LOWEST = -104.0  # exp of it rounds to 0 in float32
 
+
 def entropy_and_logprob(
     hidden_BxTxD: Array,
     unembed_DxV: Array,
