@@ -153,11 +153,31 @@ def _score(spec: Spec) -> Work:
     return _work(run)
 
 
+def _products(spec: Spec) -> Work:
+    """The matrix products of an update; weights lie as torch.nn.Linear has them, outputs × inputs."""
+    generator = torch.Generator().manual_seed(0)
+    operands = []
+    for rows, inputs, outputs, count, _ in spec["products"]:
+        sizes = ((rows, inputs), (rows, outputs), (outputs, inputs), (outputs, inputs))
+        for _ in range(count):
+            dtype = getattr(torch, spec["dtype"])
+            operands.append([torch.randn(size, generator=generator).to(_DEVICE, dtype) for size in sizes])
+
+    def run() -> None:
+        with torch.no_grad():
+            for x, dy, weight, reference in operands:
+                for product in (x @ weight.T, x @ reference.T, dy @ weight, dy.T @ x):
+                    del product
+
+    return _work(run)
+
+
 _PREPARE = {
     ("rollout", "transformers"): _rollout_transformers,
     ("rollout", "trl"): _rollout_trl,
     ("update", "trl"): _update_trl,
     ("score", "torch"): _score,
+    ("products", "torch"): _products,
 }
 
 

@@ -16,6 +16,7 @@ _PREPARE = {
     "anchors": ("generation", "anchors"),
     "score": ("scoring", "score"),
     "update": ("updates", "update"),
+    "products": ("products", "products"),
     "start": ("runs", "start"),
     "step": ("runs", "step"),
     "similarity": ("texts", "similarity"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ def update_cost(c: DecoderConfig, batch: int, tokens: int, predicted: int, items
     parameters = layer_weights(c) + head_weights(c) * (1 if c.is_tied else 2)
     adamw = (0.0, 7.0 * 4 * parameters)  # gradient, two moments and parameter read; three of them written
     return Cost(((4.0 * forward, float(parameters * itemsize)), adamw))
+
+
+def products_cost(products: Sequence[Sequence[int]]) -> Cost:
+    """Of `products.of_update`: four products a weight."""
+    flops = sum(4.0 * 2.0 * rows * inputs * outputs * count for rows, inputs, outputs, count, _ in products)
+    return Cost(((flops, 0.0),))
 
 
 def score_cost(c: DecoderConfig, batch: int, tokens: int, itemsize: int) -> Cost:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omniopd_jax.bench import shapes
+from omniopd_jax.bench import products, shapes
 from omniopd_jax.bench.contest import Contest, Entrant
 from omniopd_jax.train.cache_home import cache_home
 from omniopd_jax.types import InputError
@@ -147,7 +147,7 @@ def score(options: Options) -> Iterator[Contest]:
 
 
 def update(options: Options) -> Iterator[Contest]:
-    """One optimizer update, against distillation trainers with the same arithmetic; then merged branches."""
+    """One optimizer update, against distillation trainers with the same arithmetic; then its products alone."""
     for model in options.models or ("A", "B"):
         batch = _size(options.batch, {"B": 4}.get(model, 8))
         # One prompt token, so that trainers that read the head on every position do no more than the others.
@@ -163,6 +163,14 @@ def update(options: Options) -> Iterator[Contest]:
             tokens=batch * shape["new_tokens"],
             cost=shapes.update_cost(shapes.read_shape(model), batch, width, shape["new_tokens"], _itemsize(options)),
             bar={"A": 1.5, "B": 1.2}.get(model, 0.0) if options.rivals else 0.0,
+        )  # fmt: skip
+        decoder = shapes.read_shape(model)
+        listed = products.of_update(decoder, batch * width, batch * shape["new_tokens"])
+        spec = dict(work="products", model=model, dtype=options.dtype, products=listed)
+        yield Contest(
+            "products of an update", model, shape,
+            [Entrant("ours", spec), *_rivals(options, "products", ("torch",), spec)],
+            tokens=batch * shape["new_tokens"], cost=shapes.products_cost(listed),
         )  # fmt: skip
 
 

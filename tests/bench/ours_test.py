@@ -2,7 +2,7 @@
 
 import pytest
 
-from omniopd_jax.bench import generation, scoring, texts
+from omniopd_jax.bench import generation, products, scoring, shapes, texts
 
 TINY = dict(model="tiny", dtype="float32", batch=2, prompt_tokens=4, new_tokens=8)
 
@@ -41,6 +41,16 @@ def test_both_sources_of_entropy_choose_the_same_chunks_in_float32():
 
 def test_score():
     _run_twice(scoring.score(dict(TINY, width=16, vocabulary=64, kind="dense")))
+
+
+def test_products_are_those_of_an_update():
+    decoder = shapes.read_shape("tiny")
+    listed = products.of_update(decoder, 6, 5)
+    weights = sum(inputs * outputs * count for _, inputs, outputs, count, _ in listed)
+    assert weights == shapes.layer_weights(decoder) + shapes.head_weights(decoder)
+    forward = 2.0 * (6 * shapes.layer_weights(decoder) + 5 * shapes.head_weights(decoder))
+    assert shapes.products_cost(listed).flops == 4 * forward
+    _run_twice(products.products(dict(dtype="float32", products=listed)))
 
 
 def test_similarity():
