@@ -22,7 +22,7 @@ _TEACHER_TOKENS = 84_000  # what 100 updates of 32 responses with 4 chunks of 8 
 _CHARACTERS = 5.0  # characters asked for a word wanted: a word and its space have at most 8, on average 3.4
 
 # With one continuation a chunk, which the budget is spent on, α = 1 makes half of the target the student's own
-# confidence; the paper has N = 10. The section sweeps has N = 2 and 4, and α = 0.1.
+# confidence. The paper has N = 10: `verify_published`, at the price of a tenth of the responses.
 VERIFY = {
     "objective.arm": "verify",
     "audit.positions": "peak",
@@ -69,6 +69,13 @@ _MAIN = (
     _arm("verify", "OmniOPD's objective (`verify`), N = 1, α = 1", VERIFY),
     # The paper has N = 10 to α = 1: a tenth of the evidence, not half of it, is the student's own confidence.
     _arm("verify_evidence", "`verify` with the paper's α / N = 0.1", VERIFY, {"objective.prior_strength": 0.1}),
+    # Three responses with 4 chunks of 10 continuations cost what 32 responses with one a chunk do.
+    _arm(
+        "verify_published",
+        "`verify` with the paper's N = 10, α = 1, three responses an update",
+        VERIFY,
+        {"audit.num_continuations": 10, "rollout.batch_size": 3},
+    ),
     _arm("branch_repulsion", "`branch`, repulsion 0.25", _REPULSION),
     _arm("sft", "SFT on teacher answers", _SFT),
     _arm("sft_confident", "SFT, weighted by p^0.5", _SFT, {"objective.confidence_power": 0.5}),
@@ -83,6 +90,14 @@ _MAIN = (
     ),
     _control("branch_self", "`branch`, the student its own teacher", "branch_repulsion", _REPULSION, _SELF),
     _control("verify_self", "`verify`, the student its own teacher", "verify", VERIFY, _SELF),
+    _control(
+        "imitate_both_self",
+        "`imitate`, random positions, p^0.5, the student its own teacher",
+        "imitate_both",
+        _IMITATE_BOTH,
+        _SELF,
+    ),
+    _control("sft_self", "SFT on the student's own answers", "sft", _SFT, _SELF),
     _arm("branch", "`branch`", BRANCH),
     _arm("grpo", "GRPO (mean over tokens), reward from the reference answer", _GRPO),
 )
@@ -148,7 +163,7 @@ _CONTROLS = (
     _control("branch_shuffled", "`branch`, scores shuffled", "branch", BRANCH, {"audit.control": "shuffled"}),
 )
 _SWEEPS = (
-    *(_control(f"chunks_{m}", f"`verify`, M = {m}", "verify", VERIFY, {"audit.num_chunks": m}) for m in (1, 2, 8)),
+    *(_control(f"chunks_{m}", f"`verify`, M = {m}", "verify", VERIFY, {"audit.num_chunks": m}) for m in (1, 2)),
     *(_control(f"length_{c}", f"`verify`, C = {c}", "verify", VERIFY, {"audit.chunk_tokens": c}) for c in (4, 16)),
     *(_control(f"samples_{n}", f"`verify`, N = {n}", "verify", VERIFY, {"audit.num_continuations": n}) for n in (2, 4)),
     *(
@@ -213,7 +228,11 @@ _TITLES = {
 _CLAIMS = (
     *(
         dict(text=f"The paper: OmniOPD ({name}) {claim}", better=arm, worse=worse)
-        for arm, name in (("verify", "α / N = 1"), ("verify_evidence", "α / N = 0.1"))
+        for arm, name in (
+            ("verify", "N = 1, α = 1"),
+            ("verify_evidence", "N = 1, α = 0.1"),
+            ("verify_published", "N = 10, α = 1"),
+        )
         for claim, worse in (
             ("improves the student", "before"),
             ("is ahead of white-box OPD", "opd_reverse"),
@@ -230,6 +249,12 @@ _CLAIMS = (
     dict(text="Scores matter: `verify` is ahead of shuffled scores", better="verify", worse="shuffled"),
     dict(text="A baseline helps `verify`", better="verify_loo", worse="verify"),
     dict(text="More than sharpening: `branch` beats its self-teacher", better="branch_repulsion", worse="branch_self"),
+    dict(text="More than sharpening: SFT beats its self-teacher", better="sft", worse="sft_self"),
+    dict(
+        text="More than sharpening: `imitate`, random positions, p^0.5, beats its self-teacher",
+        better="imitate_both",
+        worse="imitate_both_self",
+    ),
     dict(text="SFT weighted by p^0.5 is ahead of SFT", better="sft_confident", worse="sft"),
     dict(text="SFT weighted by p^0.5 is ahead of white-box OPD", better="sft_confident", worse="opd_reverse"),
     dict(text="`branch` with repulsion is ahead of `verify`", better="branch_repulsion", worse="verify"),
@@ -309,7 +334,7 @@ def get_study(argument: str = "arithmetic") -> dict[str, Any]:
         kl_problems=250,
         arms=arms,
         claims=tuple(claim for claim in _CLAIMS if {claim["better"], claim["worse"]} <= names),
-        references=tuple(name for name in ("before", "branch_self", "sft", "opd_reverse") if name in names),
+        references=tuple(name for name in ("before", "sft", "opd_reverse") if name in names),
         curves=tuple(arm["name"] for arm in _MAIN if arm["name"] in names and not arm["is_control"]),
     )
     if is_fast:

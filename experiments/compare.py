@@ -34,6 +34,7 @@ def main() -> None:
     root = command.workdir(_WORKDIR.value, "runs/compare")
     folder = root / study.name
     chosen = design.only(study, _ONLY.value) if _ONLY.value else study
+    schedule.check_settings(chosen, common, folder)
     job.write_record(folder, study, common)
     try:
         schedule.do_all(chosen, folder, workers=_WORKERS.value, report=lambda line: print(line, flush=True))

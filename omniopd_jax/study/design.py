@@ -52,11 +52,16 @@ class Study:
     kl_problems: int
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
-    references: tuple[str, ...]  # arms (or "before") that every arm is compared with
+    references: tuple[str, ...]  # arms (or "before") that every arm is compared with, beside its own self-teacher
     curves: tuple[str, ...]  # arms whose curves are drawn
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    def self_of(self, arm: Arm) -> Arm | None:
+        """The control that is this arm with the student as its own teacher: what of its gain is mere sharpening."""
+        controls = (one for one in self.arms if one.is_control and one.rate_of == arm.name)
+        return next((one for one in controls if one.settings.get("teacher.kind") == "self"), None)
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         """Seeds of one arm."""

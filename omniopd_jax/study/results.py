@@ -174,7 +174,7 @@ def _arm_row(finished: _Finished, arm: Arm) -> str:
     overflowed = len(finished.runs[arm.name]) - len(measured)
     if not measured:
         return _row(arm.title, measured, [f"{rate:.2g}", *["–"] * 10], overflowed)
-    steps = finished.common["train"]["steps"]
+    steps = arm.settings.get("train.steps", finished.common["train"]["steps"])
     tokens = [one["teacher_tokens"] for one in measured]
     ended = {"updates" if one["updates"] >= steps else "tokens" for one in measured}
     cpu = [one["cpu_seconds_an_update"] for one in measured if one["cpu_seconds_an_update"] is not None]
@@ -225,13 +225,14 @@ def _references(finished: _Finished) -> list[str]:
     if not names:
         return []
     titles = {arm.name: arm.title for arm in finished.study.arms} | {"before": "the student before"}
+    heads = [*(f"− {titles[name]}" for name in names), "− the same, the student its own teacher"]
     lines = ["### Each arm against the references\n", "Points of accuracy, greedy and at temperature 1.\n"]
-    lines += ["| | " + " | ".join(f"− {titles[name]}" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in finished.study.arms:
         if arm.name not in finished.runs:
             continue
-        cells = []
-        for name in names:
+        cells, sharpened = [], finished.study.self_of(arm)
+        for name in (*names, sharpened.name if sharpened else arm.name):
             found = [finished.compare(arm.name, name, mode) for mode in MODES] if name != arm.name else []
             cells.append("<br>".join(_points(one) for one in found if one) or "–")
         lines.append("| " + " | ".join([arm.title, *cells]) + " |")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from omniopd_jax.config import to_dict
 from omniopd_jax.study import design
 from omniopd_jax.study.design import Run, Study
 from omniopd_jax.study.measure import score
 from omniopd_jax.study.run import read_measured
+from omniopd_jax.train.checkpoint import WorkdirError, flat
 from omniopd_jax.train.stops import Interrupts
 from omniopd_jax.types import InputError
 
@@ -26,6 +30,8 @@ ONE_THREAD: Mapping[str, str] = {
     "OPENBLAS_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
 }
+# Paths move with the folder; the rest is how a run works, not what comes out.
+_CHANGES_NO_NUMBER = ("world.path", "data.eval", "pipeline.", "train.compilation_cache", "train.checkpoint_every")
 _LAST_LINES = 5  # of a failed process's log that the message shows
 
 
@@ -44,6 +50,30 @@ def finished(study: Study, folder: Path) -> dict[Run, float]:
         if measured is not None and path.parts[-3] in names:
             scores[design.parse(path.relative_to(folder).as_posix())] = score(measured)
     return scores
+
+
+def check_settings(study: Study, common: Mapping[str, Any], folder: Path) -> None:
+    """A table must not mix runs of two configs, and what is finished is not done again.
+
+    Raises:
+      WorkdirError: a finished run of the study's arms had other settings; names the run and the fields.
+    """
+    for run in finished(study, folder):
+        file = folder / run.path / "config.json"
+        if not file.is_file():
+            continue
+        old = flat(json.loads(file.read_text(encoding="utf-8")))
+        new = flat(to_dict(design.run_config(common, study, run, folder)))
+        differing = [
+            f"{name} was {old[name]!r}, now {new[name]!r}"
+            for name in sorted(old.keys() & new.keys())
+            if old[name] != new[name] and not name.startswith(_CHANGES_NO_NUMBER)
+        ]
+        if differing:
+            raise WorkdirError(
+                f"{folder / run.path} is finished with other settings ({'; '.join(differing[:4])}); "
+                "name another --workdir, or delete this run to have it done again."
+            )
 
 
 def do_all(

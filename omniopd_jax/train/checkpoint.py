@@ -61,7 +61,7 @@ MAY_CHANGE = (
 
 def differing_fields(before: Mapping[str, Any], config: Config) -> list[str]:
     """Dotted names of the fields that differ and may not, in alphabetical order."""
-    old, new = _flat(before), _flat(to_dict(config))
+    old, new = flat(before), flat(to_dict(config))
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     is_free = config.optimizer.schedule == "constant"
     return [
@@ -75,7 +75,7 @@ def check_same_config(before: Mapping[str, Any], config: Config, where: Path) ->
     """Raises WorkdirError, naming the fields, where `config` would not continue the run that wrote `before`."""
     names = differing_fields(before, config)
     if names:
-        old, new = _flat(before), _flat(to_dict(config))
+        old, new = flat(before), flat(to_dict(config))
         shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:4])
         more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
         raise WorkdirError(f"{where} belongs to a run of another config ({shown}{more}); use another work directory.")
@@ -332,11 +332,12 @@ def _shapes(state: TrainState) -> dict[str, str]:
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.knob": value} of nested settings."""
+    found = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{name}."))
+            found.update(flat(value, f"{prefix}{name}."))
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found

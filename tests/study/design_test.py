@@ -114,6 +114,14 @@ def test_an_arm_with_more_seeds_has_runs_and_worlds_for_them():
     assert design.only(study, ["b"]).all_seeds == (0, 1)  # nobody needs that world
 
 
+def test_an_arm_knows_the_control_that_is_its_own_teacher():
+    arms = plain()["arms"]
+    own = dict(name="d", title="D", settings={"teacher.kind": "self"}, rate_of="a", is_control=True)
+    study = design.study_from(plain(arms=[*arms, own]))
+    assert study.self_of(study.arm("a")) == study.arm("d")
+    assert study.self_of(study.arm("b")) is None
+
+
 def test_only_keeps_the_arms_whose_rates_are_taken(study):
     assert [arm.name for arm in design.only(study, ["c"]).arms] == ["a", "c"]
     with pytest.raises(InputError, match="no arm 'z'; there are a, b, c"):

@@ -8,9 +8,12 @@ import time
 
 import pytest
 
+from configs import compare_small
+from omniopd_jax.config import from_mapping, to_dict
 from omniopd_jax.study import design, job, results, schedule
 from omniopd_jax.study.design import Run
 from omniopd_jax.study.run import MEASURED
+from omniopd_jax.train.checkpoint import WorkdirError
 from omniopd_jax.train.stops import Interrupted
 from tests.study.design_test import GRID, plain
 
@@ -70,6 +73,21 @@ def test_everything_is_done_once_and_nothing_twice(study, tmp_path):
     assert {line.split(":")[0] for line in started[:2]} == {"world/0", "world/1"}, "a run needs its world"
     _, again = run_all(study, tmp_path)
     assert again == []
+
+
+def test_a_finished_run_of_other_settings_is_named_and_not_mixed_in(study, tmp_path):
+    common = to_dict(from_mapping(compare_small.get_config("fast")))
+    run, folder = Run("a", 4e-4, 0), tmp_path / study.name
+    config = to_dict(design.run_config(common, study, run, tmp_path / "moved"))
+    (folder / run.path).mkdir(parents=True)
+    measured = dict(failed="", validation=dict(greedy=dict(accuracy=0.5), temperature_1=dict(accuracy=0.5)))
+    (folder / run.path / MEASURED).write_text(json.dumps(measured), encoding="utf-8")
+    (folder / run.path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    schedule.check_settings(study, common, folder)
+    common["train"]["steps"] += 1
+    with pytest.raises(WorkdirError, match=r"runs/a/4.00e-04/seed-0 is finished with other .*train.steps was 4, now 5"):
+        schedule.check_settings(study, common, folder)
+    schedule.check_settings(design.only(study, ["b"]), common, folder)  # nobody's table
 
 
 def test_no_more_than_so_many_at_a_time(study, tmp_path):
