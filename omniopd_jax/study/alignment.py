@@ -30,6 +30,7 @@ from omniopd_jax.types import InputError
 REFERENCES = ("reverse_kl", "forward_kl")
 _FROZEN = dict(learning_rate=1e-30, schedule="constant", warmup_steps=0, b1=0.0, clip_norm=0.0, weight_decay=0.0)
 _SEEDS_APART = 1_000_000  # the reference's batches are not the estimators'
+_ROUNDING = 1e-5  # of the reference's largest entry: what float32 leaves of a gradient that is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ def gather(experiment: Experiment, batches: int, progress: Callable[[int, int], 
 def align(estimator: Gradients, reference: Gradients, *, budget: int) -> Alignment:
     """Compares expectations and what a budget buys.
 
+    A gradient that is rounding alone (the anchor's, where student and base model are one) counts as 0.
+
     Args:
       estimator, reference: gradients of independent batches, neither shared between the two.
       budget: teacher tokens of one plain cosine. Batches are grouped so that each group holds about as many; an
@@ -110,6 +113,9 @@ def align(estimator: Gradients, reference: Gradients, *, budget: int) -> Alignme
         raise InputError("The estimator and the reference have gradients of different students.")
     gradient_KxD = estimator.gradient_KxD.astype(np.float64)
     mean_D = reference.gradient_KxD.mean(axis=0, dtype=np.float64)
+    if np.abs(gradient_KxD).max() < _ROUNDING * np.abs(mean_D).max():
+        gradient_KxD = np.zeros_like(gradient_KxD)
+        estimator = dataclasses.replace(estimator, gradient_KxD=gradient_KxD)
     count = len(gradient_KxD)
     per_batch = max(float(estimator.tokens_K.mean()), 0.0)
     size = min(max(round(budget / per_batch), 1), count) if per_batch else 1

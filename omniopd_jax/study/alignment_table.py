@@ -33,6 +33,7 @@ whose teacher writes nothing has one batch of responses. *noise removed*: the co
 error, from products of independent batches alone; – where no signal stands out of the noise. *halves*: the cosine of an
 estimator's own two halves: how much of all batches together is signal.
 
+The student is the base model still, so the anchor's gradient is 0: settings of the anchor cannot be told apart here.
 A direction at the start does not predict the order after training: this is a filter, not a verdict.
 """
 

@@ -34,6 +34,16 @@ def directions():
     return q[:, 0], 0.6 * q[:, 0] + 0.8 * q[:, 1]
 
 
+def test_rounding_is_no_direction(directions):
+    rng = np.random.default_rng(5)
+    reference = noisy(rng, directions[0], 40, 0.05)
+    rounding = Gradients((1e-8 * directions[0] * np.ones((8, 1))).astype(np.float32), np.zeros(8, np.int64))
+    found = alignment.align(rounding, reference, budget=0)
+    assert (found.cosine, found.corrected, found.halves) == (0.0, None, 0.0)
+    small = Gradients(1e5 * rounding.gradient_KxD, rounding.tokens_K)
+    assert alignment.align(small, reference, budget=0).corrected == pytest.approx(1.0, abs=0.05)
+
+
 def test_noise_is_taken_out_of_the_corrected_cosine_and_not_of_the_plain_one(directions):
     first, second = directions
     rng = np.random.default_rng(1)
