@@ -35,7 +35,7 @@ def _measured(folder: Path, arm: str) -> tuple[Path, dict]:
 
 
 def test_what_was_measured_is_what_the_run_wrote_down(compared):
-    study, common, folder = compared
+    _, common, folder = compared
     for arm in ARMS:
         file, measured = _measured(folder, arm)
         rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
