@@ -3,8 +3,8 @@
     make quickstart            or: python -m experiments.quickstart --workdir=runs/quickstart --seed=0
 
 Builds a small world of written-out additions, trains a teacher and a student that forgets carries, then distils the
-student with the teacher as text only: with OmniOPD exactly as published and with the project's recommended setting,
-from the same start and at the same teacher tokens. Running it again goes on where it was stopped.
+student with the teacher as text only: with OmniOPD as published and with the project's recommended setting, from the
+same start and at the same teacher tokens. Running it again goes on where it was stopped.
 """
 
 import json
@@ -29,15 +29,15 @@ def main() -> None:
     began = time.perf_counter()
     workdir = command.workdir(_WORKDIR.value, "runs/quickstart")
     _claim(workdir)
-    settings = {name: _config(name, workdir) for name in configs.SETTINGS}
-    world = settings["recommended"].world
+    recommended = _config("recommended", workdir)
+    world = recommended.world
 
     from omniopd_jax.train import loop
     from omniopd_jax.train.small_world import build_world
 
     with Screen() as bar:
         build_world(world, Path(world.path), progress=lambda name, done, total: bar(f"train the {name}", done, total))
-        before, variety_before = _measure(settings["recommended"], Path(world.path) / "student", "before", bar)
+        before, variety_before = _measure(recommended, Path(world.path) / "student", "before", bar)
         results = {}
         tokens = 0
         for name in ("recommended", "published"):

@@ -22,7 +22,7 @@ NAMES = [*sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 ARGUMENTS = {
     "tiny": ("", *tiny.ARMS),
     "compare_small": ("", "fast", *compare_small.SECTIONS),
-    "quickstart": ("", "recommended", "published"),
+    "quickstart": ("", "recommended", "published", "branch"),
 }
 
 

@@ -2,13 +2,15 @@
 
 Rows may have the columns of TRL (``prompt`` as text or as chat messages, ``messages``), of verl (``prompt`` as
 messages, ``reward_model.ground_truth``) or of plain question sets such as GSM8K (``question``, ``answer``). The order
-is a function of the seed and the step alone, so a resumed run needs no saved position.
+is a function of the seed and the step alone, so a resumed run needs no saved position. Equal rows are one: published
+files repeat theirs so that one pass over them is many epochs (DAPO-Math-17K has each prompt about 100 times).
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from omniopd_jax.types import InputError, Message, Prompt, PromptBatch
 PROMPT_FIELDS = ("prompt", "question", "problem", "messages")  # what "auto" looks for, in this order
 ANSWER_FIELDS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 ID_FIELDS = ("id", "task_id", "unique_id")
+
+_LOG = logging.getLogger(__name__)
 
 
 class PromptError(InputError):
@@ -36,7 +40,10 @@ def read_prompts(
     is_raw: bool = False,
     convert: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None,
 ) -> list[Prompt]:
-    """Reads a jsonl (or .jsonl.gz) or parquet file, one prompt a row.
+    """Reads a jsonl (or .jsonl.gz) or parquet file, one prompt a row; rows with equal prompt and answer are one.
+
+    The first of equal rows gives the prompt its place and its id; a row without an id is named by its number in the
+    file, so ids do not depend on what repeats.
 
     Args:
       path: the file.
@@ -50,25 +57,35 @@ def read_prompts(
       convert: (row, where it stands) → the row to be read instead, for files in another layout.
 
     Raises:
-      PromptError: no such file, an empty one, a line that is not JSON, a row without a prompt, two rows with one id.
+      PromptError: no such file, an empty one, a line that is not JSON, a row without a prompt, two different rows
+        with one id.
     """
     path = Path(path)
     prompts: list[Prompt] = []
     where_of: dict[str, str] = {}
+    known: set[tuple[tuple[Message, ...], str]] = set()
+    count = 0
     for number, row in enumerate(_rows(path), start=1):
         where, values = row
         if convert is not None and isinstance(values, Mapping):
             values = convert(values, f"{path} {where}")
         prompt = _prompt(values, f"{path} {where}", f"{path.name.split('.')[0]}:{number - 1}",
                          prompt_field, answer_field, system_prompt, is_raw)  # fmt: skip
+        count += 1
+        content = prompt.messages, prompt.answer
+        if content in known:
+            continue
         if prompt.id in where_of:
             raise PromptError(
                 f"{path}: {where_of[prompt.id]} and {where} have the same id {prompt.id!r}; ids are unique."
             )
         where_of[prompt.id] = where
+        known.add(content)
         prompts.append(prompt)
     if not prompts:
         raise PromptError(f"{path} holds no prompt: expected one row a prompt.")
+    if len(prompts) < count:
+        _LOG.info("%s: %d rows hold %d different prompts; equal rows are taken as one.", path, count, len(prompts))
     return prompts
 
 

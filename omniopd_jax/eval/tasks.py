@@ -198,12 +198,14 @@ def read_task(
     system_prompt: str = "",
     is_raw: bool = False,
 ) -> list[Prompt]:
-    """Reads a benchmark's file (jsonl, jsonl.gz or parquet) in its published layout.
+    """Reads a benchmark's file (jsonl, jsonl.gz or parquet) in its published layout; equal rows are one problem, for
+    answers to one problem are no independent evidence (verl's AIME files hold each 32 times).
 
     Args:
       name: of the task.
       path: the file.
-      prompt_field, answer_field: columns instead of the task's own, for math and worlds.
+      prompt_field, answer_field: columns that go before the task's own in rows that have them, for math and worlds; a
+        run's columns say nothing of a benchmark in another layout.
       instruction: text with {problem} in it; "auto": the task's own, unless a system prompt says how to answer, the
         prompt is raw, or the row holds a whole conversation.
       system_prompt, is_raw: as for data.prompts.read_prompts.
@@ -221,8 +223,12 @@ def read_task(
         if task.convert is not None:
             problem, answer = task.convert(row, where)
         else:
-            problem = _first(row, task.problem if prompt_field == "auto" else (prompt_field,))
-            answer = _first(row, task.answer if answer_field == "auto" else (answer_field,))
+            columns = _columns(prompt_field, task.problem)
+            problem = _first(row, columns)
+            if problem is None:
+                found = ", ".join(map(str, row)) or "no column"
+                raise InputError(f"{where} has no prompt: expected {' or '.join(columns)}, found {found}.")
+            answer = _first(row, _columns(answer_field, task.answer))
             answer = ", ".join(map(str, answer)) if isinstance(answer, list) else answer
         if isinstance(problem, str) and problem:
             problem = instruction.replace("{problem}", problem)
@@ -233,6 +239,10 @@ def read_task(
 
 
 _IDS = ("id", "task_id", "unique_id", "question_id", "ID")
+
+
+def _columns(asked: str, own: tuple[str, ...]) -> tuple[str, ...]:
+    return own if asked in ("auto", "") else (asked, *(name for name in own if name != asked))
 
 
 def _first(row: Row, columns: tuple[str, ...]) -> Any:
