@@ -64,14 +64,13 @@ def read_prompts(
     prompts: list[Prompt] = []
     where_of: dict[str, str] = {}
     known: set[tuple[tuple[Message, ...], str]] = set()
-    count = 0
+    number = 0
     for number, row in enumerate(_rows(path), start=1):
         where, values = row
         if convert is not None and isinstance(values, Mapping):
             values = convert(values, f"{path} {where}")
         prompt = _prompt(values, f"{path} {where}", f"{path.name.split('.')[0]}:{number - 1}",
                          prompt_field, answer_field, system_prompt, is_raw)  # fmt: skip
-        count += 1
         content = prompt.messages, prompt.answer
         if content in known:
             continue
@@ -84,8 +83,8 @@ def read_prompts(
         prompts.append(prompt)
     if not prompts:
         raise PromptError(f"{path} holds no prompt: expected one row a prompt.")
-    if len(prompts) < count:
-        _LOG.info("%s: %d rows hold %d different prompts; equal rows are taken as one.", path, count, len(prompts))
+    if len(prompts) < number:
+        _LOG.info("%s: %d rows hold %d different prompts; equal rows are taken as one.", path, number, len(prompts))
     return prompts
 
 

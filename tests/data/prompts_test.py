@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -89,6 +90,30 @@ def test_bad_files_are_named_with_their_line(name, tmp_path):
     rows, message = BAD[name]
     with pytest.raises(PromptError, match=message):
         read_prompts(_write(tmp_path / "rows.jsonl", *rows))
+
+
+def test_equal_rows_are_one_prompt_with_the_first_ones_id_and_place(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="omniopd_jax")
+    first, second, third = (
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "answer": "1"},
+        {"prompt": "a", "answer": "2"},
+    )
+    once = read_prompts(_write(tmp_path / "rows.jsonl", first, second, third))
+    assert [prompt.id for prompt in once] == ["rows:0", "rows:1", "rows:2"], "another prompt or answer, another row"
+    assert not caplog.records
+    noted = {**first, "index": 7}  # columns that are neither prompt nor answer nor id tell nothing apart
+    again = read_prompts(_write(tmp_path / "rows.jsonl", first, noted, second, first, third, second))
+    assert [prompt.id for prompt in again] == ["rows:0", "rows:2", "rows:4"], "named by their place in the file"
+    assert [(p.messages, p.answer) for p in again] == [(p.messages, p.answer) for p in once]
+    (record,) = caplog.records
+    assert "6 rows hold 3 different prompts" in record.getMessage()
+    named = read_prompts(
+        _write(tmp_path / "rows.jsonl", {"id": "x", **first}, {"id": "x", **first}, {"id": "y", **first})
+    )
+    assert [prompt.id for prompt in named] == ["x"]
+    with pytest.raises(PromptError, match="line 1 and line 3 have the same id 'x'"):
+        read_prompts(_write(tmp_path / "rows.jsonl", {"id": "x", **first}, {"id": "x", **first}, {"id": "x", **third}))
 
 
 def test_files_that_are_not_what_they_seem(tmp_path):

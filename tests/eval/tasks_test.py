@@ -87,6 +87,39 @@ def test_columns_of_ones_own(tmp_path):
         read_task("math", path)
 
 
+def test_a_runs_columns_do_not_keep_it_from_a_benchmark_in_another_layout(tmp_path):
+    """configs/gsm8k.py says question and answer; MATH-500 has problem, OlympiadBench final_answer."""
+    math500 = {"problem": "P?", "solution": r"so \boxed{7}", "answer": "7", "subject": "Algebra", "level": 2,
+               "unique_id": "test/algebra/1.json"}  # fmt: skip
+    (prompt,) = read_task("math", written(tmp_path, [math500]), prompt_field="question", answer_field="answer")
+    assert (prompt.id, prompt.answer) == ("test/algebra/1.json", "7")
+    assert prompt.messages[-1].content.startswith("P?")
+    olympiad = {"id": 1, "question": "Q?", "final_answer": ["2"], "answer_type": "Numerical"}
+    (prompt,) = read_task("olympiad", written(tmp_path, [olympiad]), prompt_field="question", answer_field="answer")
+    assert prompt.answer == "2"
+    both = {"question": "the run's", "problem": "the task's", "answer": "1"}
+    (prompt,) = read_task("math", written(tmp_path, [both]), prompt_field="question", answer_field="")
+    assert prompt.messages[-1].content.startswith("the run's"), "a column that the row has goes first"
+    with pytest.raises(InputError, match=r"no prompt: expected text or problem or .*, found level"):
+        read_task("math", written(tmp_path, [{"level": 2}]), prompt_field="text")
+
+
+def test_a_problem_that_a_file_repeats_counts_once(tmp_path):
+    """verl's aime-2024 holds each problem 32 times, told apart by an index alone."""
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"role": "user", "content": f"Solve {problem}."}],
+            "reward_model": {"ground_truth": str(problem), "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": copy * 3 + problem, "raw_problem": str(problem)},
+        }
+        for copy in range(4)
+        for problem in range(3)
+    ]
+    prompts = read_task("aime", written(tmp_path, rows))
+    assert [(prompt.id, prompt.answer) for prompt in prompts] == [("rows:0", "0"), ("rows:1", "1"), ("rows:2", "2")]
+
+
 def test_humaneval_tests_call_the_programs_function_and_their_own_helpers(tmp_path):
     row = {
         "task_id": "HumanEval/32",
