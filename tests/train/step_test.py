@@ -338,6 +338,30 @@ GOLDEN: dict[str, float] = {
 }
 
 
+def dense_logprobs(model: models.Model, tree: TokenTree) -> np.ndarray:
+    """log π at every response position, [B, T, V], float64."""
+    tokens = np.concatenate([tree.prompt_tokens_BxP, tree.tokens_BxT], axis=1)
+    mask = np.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1)
+    logits = np.asarray(jax.jit(models.logits)(model, tokens, mask), np.float64)[:, P - 1 : -1]
+    return scipy.special.log_softmax(logits, axis=-1)
+
+
+def test_the_sampled_anchor_compares_the_base_model_with_the_student_and_not_the_other_way_round(model, reference):
+    tree = make_tree()
+    options = dataclasses.replace(OPTIONS, anchor_estimator="k3")
+
+    def terms(params, reference):
+        return tree_terms(model.replace(params=params), reference, tree, options)[1]
+
+    found = jax.jit(terms)(model.params, reference)
+    ours, theirs = (
+        np.take_along_axis(dense_logprobs(of, tree), tree.tokens_BxT[..., None], -1)[..., 0]
+        for of in (model, reference)
+    )
+    k3 = np.exp(theirs - ours) - (theirs - ours) - 1
+    np.testing.assert_allclose(found["loss/anchor"], (tree.anchor_weight_BxT * k3).sum(), rtol=1e-4)
+
+
 def test_a_white_box_teacher_is_read_in_the_step(model, reference):
     """The divergence term against dense softmaxes in float64."""
     tree, taught = make_tree(), sharp(model, 8)
@@ -349,12 +373,7 @@ def test_a_white_box_teacher_is_read_in_the_step(model, reference):
         return tree_terms(model.replace(params=params), None, tree, options, teacher)
 
     found = jax.jit(terms)(model.params, taught)[1]
-    tokens = np.concatenate([tree.prompt_tokens_BxP, tree.tokens_BxT], axis=1)
-    mask = np.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1)
-    ours, theirs = (
-        scipy.special.log_softmax(np.asarray(jax.jit(models.logits)(of, tokens, mask), np.float64)[:, P - 1 : -1], -1)
-        for of in (model, taught)
-    )
+    ours, theirs = dense_logprobs(model, tree), dense_logprobs(taught, tree)
     expected = (np.exp(theirs) * (theirs - ours)).sum(-1)[tree.mask_BxT].mean()
     np.testing.assert_allclose(found["loss/divergence"], expected, rtol=1e-5)
     np.testing.assert_allclose(found["opd/divergence_sum"] / found["opd/tokens"], expected, rtol=1e-5)
