@@ -1,9 +1,10 @@
 """Is a worked answer right? Extraction of the final answer and mathematical equality.
 
-The last ``\\boxed{...}`` wins; without one the last ``#### ...`` line (GSM8K), then the last ``Answer: ...``. Plain
-numbers are compared here, a unit in words behind them left out ("18 dollars"); everything else (sets, intervals,
-units in TeX, expressions) by the package math-verify (extra ``eval``), in a worker process of its own because it can
-hang and because it works on a main thread only.
+The last ``\\boxed{...}`` wins; without one the last ``#### ...`` line (GSM8K), then the last ``Answer: ...``; emphasis
+of markdown is left out. Plain numbers ("1,800", "1/2", "1 1/2") are compared here, a unit in words behind them left out
+("18 dollars"), and so is what a sentence goes on with ("42, as 6 · 7 is 42"); everything else (sets, intervals, units
+in TeX, expressions) by the package math-verify (extra ``eval``), in a worker process of its own because it can hang and
+because it works on a main thread only.
 
 Without math-verify only sets whose reference answers are plain numbers (GSM8K) can be judged, which is checked before
 anything is generated; a given answer that is no plain number (an expression) then counts as wrong.
@@ -49,6 +50,7 @@ def extract_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
+    text = _without_emphasis(text)
     hashes = re.findall(r"####[ \t]*([^\n]+)", text)
     if hashes:
         return hashes[-1].strip()
@@ -83,9 +85,14 @@ def _is_same(given: str, wanted: str) -> bool:
     if _plain(given) == _plain(wanted):
         return True
     wanted_number = _number(wanted)
-    given_number = _number(given if wanted_number is None else _without_unit(given))
-    if given_number is not None and wanted_number is not None:
-        return given_number == wanted_number
+    if wanted_number is not None:
+        given_number = _number(_without_unit(given))
+        if given_number is None:
+            given_number = _leading_number(given)
+        if given_number is not None:
+            return given_number == wanted_number
+        if _LIST.fullmatch(_bare(given)):
+            return False
     if len(given) > _LONGEST:
         return False
     if not has_math_verify():
@@ -118,26 +125,65 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().strip("$").strip().rstrip(".")
 
 
-_NO_UNITS = {"pi", "sqrt", "dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "or", "and"}
+def _without_emphasis(text: str) -> str:
+    """Markdown's asterisks, underscores and backticks around words; those within a formula (2**3, 2*3, a_1) stay."""
+    text = re.sub(r"(?<!\w)(?:\*\*|__)|(?:\*\*|__)(?!\w)", "", text.replace("`", ""))
+    return re.sub(r"(?<!\S)\*(?=\S)([^*\n]*)(?<=\S)\*(?!\w)", r"\1", text)
+
+
+def _bare(text: str) -> str:
+    """Without signs of currency and of percent."""
+    return re.sub(r"\\?[$%]|\\[()]", " ", _plain(text)).strip()
+
+
+# A comma is a separator of thousands only between groups of three digits; a space is none.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,100})"
+_VALUE = rf"(?:\d{{1,100}}\s+)?\d{{1,100}}\s*/\s*\d{{1,100}}|{_WHOLE}(?:\.\d{{0,100}})?|\.\d{{1,100}}"
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:(?:(?P<whole>\d{1,100})\s+)?(?P<above>\d{1,100})\s*/\s*(?P<below>\d{1,100})"
+    rf"|(?P<decimal>{_WHOLE}(?:\.\d{{0,100}})?|\.\d{{1,100}}))"
+)
+_LIST = re.compile(rf"[+-]?\s*(?:{_VALUE})(?:\s*[,;]\s*[+-]?\s*(?:{_VALUE})|\s+(?:{_VALUE}))+")
+# A number, perhaps its unit, and then the sign that a sentence goes on: punctuation or a bracket before a word.
+_LEADING = re.compile(
+    rf"(?P<number>[+-]?\s*(?:{_VALUE}))(?P<unit>(?:\s+[A-Za-z]{{2,}})*)"
+    r"(?:\s*[,;:]\s+|\s*[(]\s*|\s+[-–—]+\s+|[.!]\s+)(?P<next>[A-Za-z]+)"
+)
+_NO_UNITS = {
+    "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "dozen", "hundred", "thousand", "million", "billion",
+    "trillion", "half", "or", "and",
+}  # fmt: skip
 
 
 def _without_unit(text: str) -> str:
     """ "18" for "18 dollars"; a text whose words may be more than a unit as it is."""
-    found = re.fullmatch(r"(\S*\d\S*)((?:\s+[A-Za-z]{2,})+)", _plain(text))
+    if len(text) > _LONGEST:
+        return text
+    found = re.fullmatch(r"(.*\d\S*)((?:\s+[A-Za-z]{2,})+)", _plain(text))
     return found[1] if found and not _NO_UNITS & set(found[2].lower().split()) else text
 
 
+def _leading_number(text: str) -> Fraction | None:
+    """42 for "42, as 6 · 7 is 42", 18 for "18 eggs (a dozen and six)"; None where the number may be but a part of the
+    value ("3 or 4", "3 million", "3 (x + 1)")."""
+    found = _LEADING.match(_bare(text))
+    if found is None or len(found["next"]) < 2:
+        return None
+    words = {*found["unit"].lower().split(), found["next"].lower()}
+    return None if words & _NO_UNITS else _number(found["number"])
+
+
 def _number(text: str) -> Fraction | None:
-    """A plain decimal number or simple fraction, thousands separators, currency and percent signs allowed."""
-    bare = _plain(text).replace(r"\$", "").replace("$", "").replace(r"\%", "").replace("%", "").replace(" ", "")
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", bare):
-        bare = bare.replace(",", "")
-    if not re.fullmatch(r"[+-]?(\d{1,100}(\.\d{0,100})?|\.\d{1,100}|\d{1,100}/\d{1,100})", bare):
+    """A decimal number, a simple fraction or a mixed number (1 1/2, a sum); currency and percent signs allowed."""
+    found = _NUMBER.fullmatch(_bare(text))
+    if found is None:
         return None
-    try:
-        return Fraction(bare.rstrip("."))
-    except ZeroDivisionError:
+    sign = -1 if found["sign"] == "-" else 1
+    if found["decimal"] is not None:
+        return sign * Fraction(found["decimal"].replace(",", "").rstrip("."))
+    if int(found["below"]) == 0:
         return None
+    return sign * (int(found["whole"] or 0) + Fraction(int(found["above"]), int(found["below"])))
 
 
 # The worker's whole program, so that it neither imports the package nor the caller's script once more.

@@ -40,6 +40,34 @@ from omniopd_jax.types import InputError, Message, Prompt
         ("Answer: 3 pi", "3", False),
         (r"\boxed{073}", "73", True),
         (r"\boxed{50\%}", "50", True),
+        ("Answer: 1 1/2", "11/2", False),  # a mixed number is a sum
+        ("Answer: 1 1/2", "3/2", True),
+        ("Answer: -1 1/2 cups", "-1.5", True),
+        ("Answer: 1 / 2", "0.5", True),
+        ("Answer: 2 3", "23", False),
+        ("Answer: 2 3", "2", False),
+        (r"\boxed{3, 100}", "3100", False),  # a list
+        (r"\boxed{3,100}", "3100", True),
+        (r"\boxed{12,34}", "1234", False),
+        (r"\boxed{2 - 3}", "-1", True),  # no list
+        ("The answer is **42**.", "42", True),
+        ("**The answer is 42.**", "42", True),
+        ("**Final answer**: *42*", "42", True),
+        ("#### **18**", "18", True),
+        ("Answer: `18`", "18", True),
+        ("Answer: __18__ (eggs)", "18", True),
+        ("The answer is 42, as 6 times 7 is 42", "42", True),
+        ("The answer is 42, as 6 times 7 is 42", "6", False),
+        ("The answer is $42$, since $x = 7$.", "42", True),
+        ("The answer is 42. This is 6 times 7.", "42", True),
+        ("The answer is 42.5 - half of 85", "42.5", False),  # may be a difference
+        ("The answer is 42.5 – what was asked", "42.5", True),
+        ("#### 18 (eggs)", "18", True),
+        ("#### 1,800 eggs (in all)", "1800", True),
+        ("#### 18 (or 19)", "18", False),
+        ("Answer: 3 (x + 1)", "3", False),
+        ("Answer: 3, and 4", "3", False),
+        ("Answer: 3 million, as he said", "3", False),
     ],
 )
 def test_plain_answers(response, answer, expected):
