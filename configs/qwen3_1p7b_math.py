@@ -10,9 +10,10 @@ teachers have none):
                      base    GRPO    SFT     OPD     OmniOPD
     qwen3_32b        51.87   62.41   53.76   61.70   60.67
 
-data.train is DAPO-Math-17K (verl's layout: prompt as messages, reward_model.ground_truth); data.eval, measured during
-the run, MATH-500. The other four benchmarks: `experiments.evaluate` (docs/evaluation.md). What ARM and TEACHER may be,
-and what is our guess: configs/qwen3.py.
+data.train is DAPO-Math-17K (verl's layout: prompt as messages, reward_model.ground_truth), published as 1.79 million
+rows with each prompt about 100 times; equal rows are taken as one. data.eval, measured during the run, is MATH-500. The
+other four benchmarks: `experiments.evaluate` (docs/evaluation.md). What ARM and TEACHER may be, and what is our guess:
+configs/qwen3.py.
 
 Devices: a TPU v5e slice of 8×8 chips, our guess. `experiments.plan --topology=v5e:8x8` says of omniopd on this file:
 25.5 to 27.3 s a step, 1.4 to 1.5 hours for 200, without the teacher and the host; 5.8 of 15.7 GiB a chip.

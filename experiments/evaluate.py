@@ -38,10 +38,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Names the draws.")
 _RAW = flags.DEFINE_bool("raw", None, "Continue the prompt's text as it stands, without the chat template.")
 _SYSTEM = flags.DEFINE_string("system_prompt", None, "Put before conversations that have none of their own.")
 _INSTRUCTION = flags.DEFINE_string("instruction", "auto", "How to ask, a text with {problem}; auto: the task's own.")
-_PROMPT_FIELD = flags.DEFINE_string("prompt_field", None, "Column of the prompt.")
-_ANSWER_FIELD = flags.DEFINE_string("answer_field", None, "Column of the reference answer.")
+_PROMPT_FIELD = flags.DEFINE_string("prompt_field", None, "Column of the prompt, in rows that have it.")
+_ANSWER_FIELD = flags.DEFINE_string("answer_field", None, "Column of the answer, in rows that have it.")
 _SANDBOX = flags.DEFINE_string("sandbox", "", "Where programs run: local, or the address of a service.")
 _UNSANDBOXED = flags.DEFINE_bool("allow_unsandboxed", False, "local without a wall: resource limits alone.")
+_TIMEOUT = flags.DEFINE_float(
+    "timeout_s", 10.0, "Wall time of a program: all its unit tests, or each of LiveCodeBench's cases.", lower_bound=0.1
+)
+_MEMORY = flags.DEFINE_integer("memory_mb", 1024, "Address space of each process of a program.", lower_bound=1)
 _OUT = flags.DEFINE_string("output", "", "jsonl file of every response, its verdict and the reason.")
 
 
@@ -75,7 +79,10 @@ def main() -> None:
     )[: _PROBLEMS.value or None]  # fmt: skip
     if _K.value > _SAMPLES.value:
         raise InputError(f"--k={_K.value} needs --samples={_K.value} or more, got --samples={_SAMPLES.value}.")
-    judge = get_judge(_TASK.value, prompts, sandbox=_SANDBOX.value, allow_unsandboxed=_UNSANDBOXED.value)
+    judge = get_judge(
+        _TASK.value, prompts, sandbox=_SANDBOX.value, allow_unsandboxed=_UNSANDBOXED.value,
+        timeout_s=_TIMEOUT.value, memory_mb=_MEMORY.value,
+    )  # fmt: skip
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     with opened(_OUT.value) as lines, Screen() as bar:
         result = evaluate(

@@ -6,6 +6,8 @@ No program runs in this process. `sandbox` says where: "local" (`eval/sandbox.py
 
 from __future__ import annotations
 
+import ast
+import builtins
 import dataclasses
 import functools
 import json
@@ -18,6 +20,8 @@ from omniopd_jax.eval.sandbox import Limits, LocalSandbox
 from omniopd_jax.eval.service import ServiceSandbox
 from omniopd_jax.eval.verdict import NO_ANSWER, PASSED, Verdict
 from omniopd_jax.types import InputError
+
+_LONGEST_S = 300.0  # of all calls of one program together, each within its own limit
 
 
 class Sandbox(Protocol):
@@ -106,19 +110,45 @@ def _same_numbers(a: str, b: str) -> bool:
         return False
 
 
-def extract_program(response: str) -> str | None:
-    """The last fenced block of Python (or of no named language) that ends; without any fence a response that begins
-    like Python, or the indented lines that it begins with (the body of a function, as a base model continues a stub).
-    None where there is no such thing."""
+def extract_program(response: str, name: str = "") -> str | None:
+    """The program in a response, or None where there is none.
+
+    Of the fenced blocks that end: the last that defines `name`, else the last; blocks of Python go before those of no
+    named language, which may as well hold an output. Without any fence a response that begins like Python, or the
+    indented lines that it begins with (the body of a function, as a base model continues a stub).
+    """
     if "```" in response:
         blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", response, flags=re.DOTALL | re.MULTILINE)
-        found = [text for language, text in blocks if language.lower() in ("", "python", "python3", "py")]
-        return found[-1] if found and found[-1].strip() else None
+        blocks = [(language.lower(), text) for language, text in blocks if text.strip()]
+        found = [text for language, text in blocks if language == ""]
+        found += [text for language, text in blocks if language in ("python", "python3", "py")]
+        defining = [text for text in found if name and _defines(text, name)]
+        return (defining or found or [None])[-1]
     text = response.strip("\n")
     if re.match(r"(def|class|import|from|async|@\w)", text):
         return text
     body = re.match(r"([ \t]+\S[^\n]*(\n|\Z)|[ \t]*\n)+", text)
     return body[0] if body and body[0].strip() else None
+
+
+def _defines(program: str, name: str) -> bool:
+    found = rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=[^=]"
+    return re.search(found, program, re.MULTILINE) is not None
+
+
+def _asked_for(tests: str) -> str:
+    """The first name that assertions call without that Python or the tests define it; "" where there is none."""
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError):
+        return ""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    own |= {alias.asname or alias.name for node in imports for alias in node.names}
+    asserted = [node for test in tree.body if isinstance(test, ast.Assert) for node in ast.walk(test)]
+    called = [node.func.id for node in asserted if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return next((name for name in called if name not in own and not hasattr(builtins, name)), "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +159,7 @@ class CodeReference:
     cases: tuple[tuple[str, str], ...] = ()  # (stdin, stdout), for run_cases
     stub: str = ""  # what the problem gave: imports and helpers that a response may leave out
     entry_point: str = ""  # name that the program has to define, where the tests call one
+    calls: int = 0  # so many of the tests are calls with a time limit of their own; 0: one limit for all tests
 
     def dumps(self) -> str:
         return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if value})
@@ -152,15 +183,19 @@ def judge_program(
 ) -> Verdict:
     """Judges the program in a response by the tests in `answer` (CodeReference.dumps)."""
     reference = CodeReference.loads(answer)
-    program = extract_program(response)
+    name = reference.entry_point or _asked_for(reference.tests)
+    program = extract_program(response, name)
     if program is None:
         return Verdict(False, NO_ANSWER)
     if reference.cases:
         program = reference.stub + program
         return run_cases(program, reference.cases, timeout_s=timeout_s, memory_mb=memory_mb, sandbox=sandbox)
-    name = reference.entry_point
-    if name and not re.search(rf"^[ \t]*(async[ \t]+)?(def|class)[ \t]+{re.escape(name)}\b", program, re.MULTILINE):
+    if reference.entry_point and not _defines(program, reference.entry_point):
         program = reference.stub + program  # the body alone, as a base model continues a stub
     else:
         program = reference.stub + "\n" + program  # its imports and helpers; what the response defines comes later
-    return run_tests(program, reference.tests, timeout_s=timeout_s, memory_mb=memory_mb, sandbox=sandbox)
+    limits = Limits(timeout_s=timeout_s, memory_mb=memory_mb)
+    if reference.calls:
+        whole = max(timeout_s, min(timeout_s * (reference.calls + 1), _LONGEST_S))  # one more: the program's own start
+        limits = dataclasses.replace(limits, timeout_s=whole, call_s=timeout_s)
+    return sandbox.run_tests(program, reference.tests, limits)

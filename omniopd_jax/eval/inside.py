@@ -9,11 +9,15 @@ overloads or exits with is, to the judge, a wrong answer or a pipe that closed.
 Objects without a plain form (instances of the program's classes) stay where they are; the tests hold a `Remote` to
 them, whose attributes and items can be read and set and which equals itself alone: an `__eq__` of the program's is
 never asked. Arguments are copies, so lists, dicts and sets that the program changed are changed back in the tests.
+
+Before untrusted text is so much as read as Python, each process writes STARTED, confined already. Where that is missing
+the program has not run, and what went wrong says nothing about it.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -24,9 +28,11 @@ import types
 # What not every process needs is imported where it is used: a fifth of a second for a benchmark's every answer.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import IO, Any
 
 LONGEST_MESSAGE = 32 << 20  # bytes
+STARTED = b"\0started\n"
 _PLAIN = (type(None), bool, float, str)
 
 
@@ -202,13 +208,21 @@ def receive(pipe: IO[bytes]) -> Any:
 
 
 def private_stdio() -> tuple[IO[bytes], IO[bytes]]:
-    """(reader, writer) of what stdin and stdout were; both, and stderr, lead nowhere from now on."""
+    """(reader, writer) of what stdin and stdout were; both lead nowhere from now on."""
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
+    for number in (0, 1):
         os.dup2(nowhere, number)
     os.close(nowhere)
     return reader, writer
+
+
+def _confined(limits: dict[str, Any]) -> None:
+    """`confine`; stderr, where it would say why it fails, leads nowhere afterwards."""
+    nowhere = os.open(os.devnull, os.O_RDWR)  # which the user that it becomes may not open
+    confine(limits)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 # The candidate's side.
@@ -218,7 +232,9 @@ def candidate() -> None:
     """Loads the program and does what the judge asks until the pipe closes."""
     reader, writer = private_stdio()
     job = receive(reader)
-    confine(job["limits"])
+    _confined(job["limits"])
+    writer.write(STARTED)
+    writer.flush()
     module = types.ModuleType("program")
     sys.modules["program"] = module
     objects: list[Any] = [module]
@@ -335,6 +351,10 @@ def _ask(remote: Remote, operation: str, arguments: tuple = (), named: dict | No
     return peer.ask(operation, number, arguments, named or {})
 
 
+class NotStarted(Exception):
+    """The program's process did not come to the program."""
+
+
 class Failed(Exception):
     """The program raised what is no built-in exception."""
 
@@ -348,16 +368,27 @@ _NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeDecodeError)
 class Peer:
     """The program as the judge sees it."""
 
-    def __init__(self, reader: IO[bytes], writer: IO[bytes]):
-        self._reader, self._writer = reader, writer
+    def __init__(self, reader: IO[bytes], writer: IO[bytes], call_s: float = 0.0):
+        """call_s: wall time of each question, seconds; 0: without a limit of its own."""
+        self._reader, self._writer, self._call_s = reader, writer, call_s
         self.lost: Lost | None = None  # kept, for tests may catch every exception
 
-    def start(self, program: str, limits: dict[str, Any]) -> types.ModuleType:
-        """Loads the program; what it defines are the attributes of the module `program`."""
+    def start(self, limits: dict[str, Any]) -> None:
+        """Has the program's process confine itself.
+
+        Raises:
+          NotStarted: it ended before.
+        """
         try:
             send(self._writer, {"limits": limits})
-        except OSError:
-            raise Lost("ended before its tests were done") from None
+            said = self._reader.read(len(STARTED))
+        except OSError as error:
+            raise NotStarted(str(error)) from error
+        if said != STARTED:
+            raise NotStarted("the program's process ended before it was confined")
+
+    def load(self, program: str) -> types.ModuleType:
+        """Loads the program; what it defines are the attributes of the module `program`."""
         import importlib
 
         names = self.ask("load", 0, (program,), {})
@@ -379,7 +410,8 @@ class Peer:
     def ask(self, operation: str, number: int, arguments: tuple, named: dict[str, Any]) -> Any:
         """What the program's process answers, or the exception that it raised."""
         try:
-            return self._ask(operation, number, arguments, named)
+            with _limited(self._call_s):
+                return self._ask(operation, number, arguments, named)
         except Lost as error:
             self.lost = self.lost or error
             raise
@@ -417,6 +449,25 @@ class Peer:
         return Remote(self, number, "an object")
 
 
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises Lost in what takes longer than `seconds` of wall time; 0: no limit. On the main thread only."""
+    if not seconds:
+        yield
+        return
+    import signal
+
+    def late(*_: Any) -> None:
+        raise Lost(f"timeout: more than {seconds:g} s in one call")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
 def _raised(kind: Any, name: str, message: str) -> Exception:
     try:
         error = kind(message)
@@ -434,15 +485,14 @@ def _replace(mine: Any, theirs: Any) -> None:
         mine.update(theirs)
 
 
-def verdict(program: str, tests: str, limits: dict[str, Any], reader: IO[bytes], writer: IO[bytes]) -> tuple[bool, str]:
-    """Runs the tests against the program at the other end of the pipes: (passed, reason)."""
+def verdict(program: str, tests: str, peer: Peer) -> tuple[bool, str]:
+    """Runs the tests against the program, whose process has started: (passed, reason)."""
     try:
         code = compile(tests, "<tests>", "exec")
     except (SyntaxError, ValueError) as error:
         return False, f"the tests are no Python: {error}"
-    peer = Peer(reader, writer)
     try:
-        module = peer.start(program, limits)
+        module = peer.load(program)
     except Lost as error:
         return False, f"the program: {error}"
     except BaseException as error:
@@ -475,12 +525,20 @@ def _line(error: BaseException, tests: str) -> str:
 
 
 def judge() -> None:
-    """Job on stdin, verdict on what was stdout; the program is at the two pipes whose numbers the job has."""
+    """Job on stdin, verdict on what was stdout; the program is at the two pipes whose numbers the job has. STARTED goes
+    before the verdict once both processes have."""
     reader, writer = private_stdio()
     job = receive(reader)
-    confine(job["limits"])
     with os.fdopen(job["from_program"], "rb") as answers, os.fdopen(job["to_program"], "wb") as questions:
-        passed, reason = verdict(job["program"], job["tests"], job["program_limits"], answers, questions)
+        peer = Peer(answers, questions, job["call_s"])
+        _confined(job["limits"])
+        try:
+            peer.start(job["program_limits"])
+        except NotStarted:
+            os._exit(1)  # whoever kept it from starting has said why
+        writer.write(STARTED)
+        writer.flush()
+        passed, reason = verdict(job["program"], job["tests"], peer)
         send(writer, {"passed": passed, "reason": reason})
         os._exit(0)
 
@@ -489,11 +547,13 @@ def judge() -> None:
 
 
 def program() -> None:
-    """Runs the program that stands in the file of descriptor argv[3] as a script; argv[2]: its limits."""
+    """Runs the program that stands in the file of descriptor argv[3] as a script; argv[2]: its limits. STARTED goes
+    before all that it prints."""
     limits, source = json.loads(sys.argv[2]), int(sys.argv[3])
     with os.fdopen(source, "rb") as file:
         text = file.read().decode()
     confine(limits)
+    os.write(1, STARTED)
     sys.argv = ["program.py"]
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
@@ -515,7 +575,6 @@ def program() -> None:
 
 def service(source: str, job: dict[str, Any], token: str) -> None:
     """Spawns the candidate, runs the tests here, and prints one line that begins with `token`."""
-    import contextlib
     import subprocess
 
     with contextlib.suppress(OSError):
@@ -528,9 +587,15 @@ def service(source: str, job: dict[str, Any], token: str) -> None:
     assert child.stdin is not None
     assert child.stdout is not None
     out, sys.stdout = sys.stdout, io.StringIO()  # what the tests print is no verdict
-    passed, reason = verdict(job["program"], job["tests"], job["limits"], child.stdout, child.stdin)
+    peer = Peer(child.stdout, child.stdin, job["call_s"])
+    try:
+        peer.start(job["limits"])
+        passed, reason = verdict(job["program"], job["tests"], peer)
+        found = {"passed": passed, "reason": reason}
+    except NotStarted as error:
+        found = {"failed": str(error)}
     child.kill()
-    out.write("\n" + token + json.dumps({"passed": passed, "reason": reason}) + "\n")
+    out.write("\n" + token + json.dumps(found) + "\n")
     out.flush()
     os._exit(0)
 

@@ -26,9 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from omniopd_jax.eval import inside
 from omniopd_jax.eval.verdict import Verdict
@@ -36,8 +36,11 @@ from omniopd_jax.types import InputError
 
 _HERE = Path(__file__).parent
 SOURCE = (_HERE / "inside.py").read_text(encoding="utf-8")
+_T = TypeVar("_T")
 _ERRORS = 4096  # bytes of stderr kept
-_START_S = 2.0  # Python's own start in the sandbox, granted on top of a program's time
+_START_S = 30.0  # until a program runs: the sandbox and Python's own start, before a program's time begins
+_ATTEMPTS = 2
+_PAUSE_S = 0.5  # between them
 
 
 class SandboxError(RuntimeError):
@@ -50,7 +53,8 @@ class SandboxError(RuntimeError):
 class Limits:
     """What one program may use."""
 
-    timeout_s: float = 10.0  # wall time
+    timeout_s: float = 10.0  # wall time from its start on
+    call_s: float = 0.0  # wall time of each thing that tests ask of it (to load, a call); 0: timeout_s alone
     memory_mb: int = 1024  # address space of a process
     processes: int = 8  # threads included
     file_mb: int = 16  # the largest file, and half of the folder's size
@@ -85,7 +89,7 @@ class Wall:
         return dict(
             uid=self.uid if self.becomes_inside else 0,
             # Above the wall time that it has: who loops without end is told so by the clock, not by a signal.
-            cpu_s=int(limits.timeout_s + _START_S) + 2,
+            cpu_s=int(limits.timeout_s) + 4,
             file_mb=limits.file_mb,
             files=limits.files,
             memory_mb=limits.memory_mb,
@@ -113,7 +117,22 @@ class LocalSandbox:
         self.wall = name or "none"
 
     def run_tests(self, program: str, tests: str, limits: Limits) -> Verdict:
-        """The tests, in one sandbox, against the program, in another; see `eval/inside.py`."""
+        """The tests, in one sandbox, against the program, in another; see `eval/inside.py`.
+
+        Raises:
+          SandboxError: the sandboxes could not be set up, twice.
+        """
+        return _insist(lambda: self._run_tests(program, tests, limits), self.wall)
+
+    def run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
+        """(stdout, "" or what went wrong) of the program, given `text` on stdin.
+
+        Raises:
+          SandboxError: the sandbox could not be set up, twice.
+        """
+        return _insist(lambda: self._run_program(program, text, limits), self.wall)
+
+    def _run_tests(self, program: str, tests: str, limits: Limits) -> Verdict:
         with contextlib.ExitStack() as stack:
             wall = _wall(self.wall)
             questions, to_program = os.pipe()
@@ -123,17 +142,21 @@ class LocalSandbox:
             job = dict(
                 program=program, tests=tests, from_program=from_program, to_program=to_program,
                 limits=wall.limits(dataclasses.replace(limits, memory_mb=max(limits.memory_mb, 512))),
-                program_limits=wall.limits(limits),
+                program_limits=wall.limits(limits), call_s=limits.call_s,
             )  # fmt: skip
-            stack.enter_context(_started(wall, ["candidate"], limits, stdin=questions, stdout=answers))
+            said = stack.enter_context(_file_of(b""))  # what both say until they have started
+            stack.enter_context(_started(wall, ["candidate"], limits, stdin=questions, stdout=answers, stderr=said))
             given = stack.enter_context(_file_of(_framed(job)))
             ours = (from_program, to_program)
             judge = stack.enter_context(
-                _started(wall, ["judge"], limits, passed=ours, stdin=given, stdout=subprocess.PIPE)
+                _started(wall, ["judge"], limits, passed=ours, stdin=given, stdout=subprocess.PIPE, stderr=said)
             )
             while ends:
                 os.close(ends.pop())  # only the two processes hold them now: an end that dies is noticed
-            told, _, outcome = _collect(judge, limits.timeout_s + _START_S, limits.output_bytes)
+            try:
+                told, _, outcome = _collect(judge, limits.timeout_s, limits.output_bytes)
+            except _NotStartedError as error:
+                raise _NotStartedError(_tail(os.pread(said.fileno(), _ERRORS, 0)) or str(error)) from error
         if outcome:
             return Verdict(False, outcome)
         try:
@@ -142,8 +165,7 @@ class LocalSandbox:
         except (struct.error, ValueError, KeyError, TypeError):
             return Verdict(False, f"the tests ended without a verdict (exit status {judge.returncode})")
 
-    def run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
-        """(stdout, "" or what went wrong) of the program, given `text` on stdin."""
+    def _run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
         wall = _wall(self.wall)
         with _file_of(program.encode()) as source, _file_of(text.encode()) as given:
             arguments = ["program", json.dumps(wall.limits(limits)), str(source.fileno())]
@@ -151,11 +173,34 @@ class LocalSandbox:
                 wall, arguments, limits, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 passed=(source.fileno(),),
             ) as process:  # fmt: skip
-                out, errors, outcome = _collect(process, limits.timeout_s + _START_S, limits.output_bytes)
+                out, errors, outcome = _collect(process, limits.timeout_s, limits.output_bytes)
         if not outcome and process.returncode:
-            said = errors.decode(errors="replace").strip().splitlines()
-            outcome = f"exit status {process.returncode}" + (f": {said[-1][:300]}" if said else "")
+            said = _tail(errors)
+            outcome = f"exit status {process.returncode}" + (f": {said}" if said else "")
         return out.decode(errors="replace"), outcome
+
+
+class _NotStartedError(Exception):
+    """A program has not begun to run; the message is what the wall said."""
+
+
+def _insist(attempt: Callable[[], _T], wall: str) -> _T:
+    """attempt(), once more where the sandbox itself fails (a full process table, a busy mount): that may pass."""
+    said = ""
+    for number in range(_ATTEMPTS):
+        if number:
+            time.sleep(_PAUSE_S)
+        try:
+            return attempt()
+        except (_NotStartedError, OSError) as error:
+            said = str(error)
+    raise SandboxError(f"The sandbox (wall: {wall}) cannot run programs: {said}. Nothing was judged by that.")
+
+
+def _tail(said: bytes) -> str:
+    """The last line."""
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
 
 
 @functools.cache
@@ -180,8 +225,8 @@ def try_wall(name: str) -> str:
     sandbox = LocalSandbox.__new__(LocalSandbox)
     sandbox.wall = name
     try:
-        out, outcome = sandbox.run_program("print('within')", "", Limits(timeout_s=20.0))
-    except OSError as error:
+        out, outcome = sandbox._run_program("print('within')", "", Limits(timeout_s=20.0))
+    except (_NotStartedError, OSError) as error:
         return str(error)
     return "" if (out, outcome) == ("within\n", "") else outcome or "it does not answer"
 
@@ -269,7 +314,7 @@ def _started(
     *,
     stdin: int | IO[bytes],
     stdout: int,
-    stderr: int = subprocess.DEVNULL,
+    stderr: int | IO[bytes],
     passed: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process of inside.py behind the wall; on leaving it is dead, with all that it started."""
@@ -314,8 +359,15 @@ def _framed(message: Any) -> bytes:
 
 
 def _collect(process: subprocess.Popen, timeout_s: float, most: int) -> tuple[bytes, bytes, str]:
-    """(stdout, stderr's beginning, "" or why the process was not waited for to the end)."""
-    deadline = time.monotonic() + timeout_s
+    """(stdout after inside.STARTED, stderr's beginning, "" or why the process was not waited for to the end).
+
+    Its time begins with STARTED, which a program that has not run cannot write.
+
+    Raises:
+      _NotStartedError: the process ended, or _START_S passed, without it.
+    """
+    deadline = time.monotonic() + _START_S
+    started = False
     kept = {process.stdout: bytearray(), process.stderr: bytearray()}
     outcome = ""
     with selectors.DefaultSelector() as selector:
@@ -325,7 +377,7 @@ def _collect(process: subprocess.Popen, timeout_s: float, most: int) -> tuple[by
         while selector.get_map() and not outcome:
             left = deadline - time.monotonic()
             if left <= 0:
-                outcome = f"timeout: more than {timeout_s - _START_S:g} s"
+                outcome = f"timeout: more than {timeout_s:g} s"
                 break
             for key, _ in selector.select(min(left, 1.0)):
                 chunk = os.read(key.fd, 1 << 16)
@@ -335,11 +387,17 @@ def _collect(process: subprocess.Popen, timeout_s: float, most: int) -> tuple[by
                     kept[process.stdout] += chunk
                 elif len(kept[process.stderr]) < _ERRORS:
                     kept[process.stderr] += chunk
-            if len(kept[process.stdout]) > most:
+            if not started and kept[process.stdout].startswith(inside.STARTED):
+                started = True
+                deadline = time.monotonic() + timeout_s
+            if started and len(kept[process.stdout]) > len(inside.STARTED) + most:
                 outcome = f"output: more than {most} bytes"
+    if not started:
+        late = f"no program ran within {_START_S:g} s" if outcome else "it ended before a program ran"
+        raise _NotStartedError(_tail(bytes(kept[process.stderr])) or late)
     if not outcome:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            outcome = f"timeout: more than {timeout_s - _START_S:g} s"
-    return bytes(kept[process.stdout]), bytes(kept[process.stderr][:_ERRORS]), outcome
+            outcome = f"timeout: more than {timeout_s:g} s"
+    return bytes(kept[process.stdout][len(inside.STARTED) :]), bytes(kept[process.stderr][:_ERRORS]), outcome

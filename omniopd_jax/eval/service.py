@@ -50,24 +50,29 @@ class ServiceSandbox:
         """As LocalSandbox.run_tests.
 
         Raises:
-          SandboxError: the service does not answer, or says that it failed itself.
+          SandboxError: the service does not answer, says that it failed itself, or twice started no program.
         """
         token = secrets.token_hex(16)
         bounds = dict(
             cpu_s=int(limits.timeout_s) + 2, file_mb=limits.file_mb, files=limits.files, memory_mb=limits.memory_mb
         )
-        job = dict(program=program, tests=tests, limits=bounds)
+        job = dict(program=program, tests=tests, limits=bounds, call_s=limits.call_s)
         source = json.dumps(SOURCE)
         code = (
             f"import json\nsource = json.loads({source!r})\nscope = {{'__name__': 'inside', '__file__': __file__}}\n"
             f"exec(source, scope)\nscope['service'](source, json.loads({json.dumps(job)!r}), {token!r})\n"
         )
-        result, outcome = self._run(code, "", limits)
-        lines = [line for line in str(result.get("stdout") or "").splitlines() if line.startswith(token)]
-        if len(lines) != 1:
-            return Verdict(False, outcome or "the tests ended without a verdict")
-        found = json.loads(lines[0].removeprefix(token))
-        return Verdict(found["passed"] is True, str(found["reason"]))
+        said = ""
+        for _ in range(2):
+            result, outcome = self._run(code, "", limits)
+            lines = [line for line in str(result.get("stdout") or "").splitlines() if line.startswith(token)]
+            if len(lines) != 1:
+                return Verdict(False, outcome or "the tests ended without a verdict")
+            found = json.loads(lines[0].removeprefix(token))
+            if "failed" not in found:
+                return Verdict(found["passed"] is True, str(found["reason"]))
+            said = found["failed"]
+        raise SandboxError(f"The sandbox at {self._url} cannot run programs: {said}. Nothing was judged by that.")
 
     def run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
         """As LocalSandbox.run_program."""

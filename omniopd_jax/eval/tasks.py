@@ -26,9 +26,10 @@ _BOXED = "{problem}\n\nPlease reason step by step, and put your final answer wit
 _FENCED = "Answer with the whole program in one ```python block."
 _LONGEST_TESTS = 512 << 20  # bytes of one problem's tests, unpacked
 
-# What solutions take for granted on LiveCodeBench, whose own runner gives it to them; last what the others hide.
+# What solutions take for granted on LiveCodeBench, whose own runner gives it to them (lcb_runner/evaluation/
+# testing_util.py), in its order: modules come last, so that `datetime`, `copy` and `bisect` are modules, and the
+# recursion is as deep as there.
 _PRELUDE = """\
-import bisect, collections, copy, datetime, functools, heapq, itertools, math, random, re, statistics, string, sys
 from string import *
 from re import *
 from datetime import *
@@ -42,8 +43,14 @@ from statistics import *
 from itertools import *
 from functools import *
 from operator import *
-from typing import *
+from io import *
+from sys import *
+from json import *
 from builtins import *
+from typing import *
+import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re
+import statistics, string, sys
+sys.setrecursionlimit(50000)
 """
 
 
@@ -95,7 +102,9 @@ def _livecodebench(row: Row, where: str) -> tuple[str, str]:
             name = json.loads(row.get("metadata") or "{}")["func_name"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{where} has a starter_code but no func_name in its metadata.") from error
-        return problem, CodeReference(tests=_call_tests(name, cases), stub=_PRELUDE, entry_point="Solution").dumps()
+        return problem, CodeReference(
+            tests=_call_tests(name, cases), stub=_PRELUDE, entry_point="Solution", calls=len(cases)
+        ).dumps()
     problem += "\n\nYour program reads the input from stdin and writes the output to stdout."
     given = tuple((case["input"], case["output"]) for case in cases)
     return problem, CodeReference(cases=given, stub=_PRELUDE).dumps()

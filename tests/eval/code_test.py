@@ -44,6 +44,60 @@ def test_the_last_whole_block_is_the_program(response, program):
 
 
 @pytest.mark.parametrize(
+    ("blocks", "name", "chosen"),
+    [
+        ([("python", "def f(): pass"), ("", "Output: 3")], "", 0),  # an output has no language
+        ([("python", "def f(): pass"), ("", "Output: 3")], "f", 0),
+        ([("python", "def f(): pass"), ("python", "print(f())")], "f", 0),  # how to use it
+        ([("python", "def f(): pass"), ("python", "print(f())")], "", 1),  # nobody knows what was asked for
+        ([("python", "def f(): return 1"), ("python", "def f(): return 2"), ("py", "f()")], "f", 1),
+        ([("python", "class Solution:\n    def f(self): pass"), ("python", "Solution().f()")], "Solution", 0),
+        ([("python", "f = lambda: 1"), ("python", "assert f == f")], "f", 0),
+        ([("", "def f(): pass"), ("python", "f()")], "f", 0),  # the one that defines it, whatever it is called
+        ([("python", "def f2(): pass"), ("python", "def g(): pass")], "f", 1),
+        ([("python", "def f(): pass"), ("python", "")], "", 0),
+    ],
+)
+def test_of_several_blocks_that_which_was_asked_for_is_the_program(blocks, name, chosen):
+    response = "\n".join(f"Text.\n```{language}\n{text}\n```" for language, text in blocks)
+    assert extract_program(response, name) == blocks[chosen][1] + "\n"
+
+
+def test_assertions_say_which_function_is_asked_for():
+    assert code._asked_for("import math\nassert math.isclose(area(2), 4) and len(rest(1)) == 1") == "area"
+    assert code._asked_for("def own(x): return x\nassert set(own(f((1, 2)))) == set(g())") in ("f", "g")
+    assert code._asked_for("from program import f\ncheck(f)") == ""
+    assert code._asked_for("assert (") == ""
+
+
+class Recorder:
+    """A sandbox that runs nothing and remembers what it was to run."""
+
+    def run_tests(self, program, tests, limits):
+        self.program, self.limits = program, limits
+        return Verdict(True, "passed")
+
+    def run_program(self, program, text, limits):
+        self.program, self.limits = program, limits
+        return text, ""
+
+
+def test_programs_get_the_limits_that_were_asked_for(monkeypatch):
+    place = Recorder()
+    monkeypatch.setattr(code, "make_sandbox", lambda *args, **options: place)
+    judge = get_judge("mbpp", [], sandbox="local", timeout_s=3.0, memory_mb=77)
+    response = "```python\ndef f(): return 1\n```\nUsage:\n```python\nprint(f())\n```"
+    assert judge(response, CodeReference(tests="assert f() == 1").dumps())
+    assert (place.limits.timeout_s, place.limits.call_s, place.limits.memory_mb) == (3.0, 0.0, 77)
+    assert "def f" in place.program, "MBPP names its function in its assertions alone"
+    assert judge(response, CodeReference(cases=(("a", "a"),)).dumps())
+    assert (place.limits.timeout_s, place.limits.memory_mb) == (3.0, 77)
+    for calls, whole in ((1, 6.0), (40, 123.0), (1000, code._LONGEST_S)):
+        judge(response, CodeReference(tests="assert f()", calls=calls).dumps())
+        assert (place.limits.timeout_s, place.limits.call_s) == (whole, 3.0), "each call has the time for itself"
+
+
+@pytest.mark.parametrize(
     ("given", "expected", "same"),
     [
         ("1 2 \n3\n\n", "1 2\n3", True),
@@ -181,6 +235,9 @@ def test_a_service_gives_the_same_verdicts(address, tmp_path):
     assert run_tests("def f(x):\n    while True: pass", tests, timeout_s=1.0, sandbox=address).reason.startswith(
         "timeout"
     )
+    slow = "import time\ndef f(x):\n    time.sleep(60)"
+    limits = sandbox.Limits(timeout_s=20.0, call_s=0.2)
+    assert "more than 0.2 s in one call" in service.ServiceSandbox(address).run_tests(slow, tests, limits).reason
     assert run_cases("print(int(input()) + 1)", [("1", "2")], sandbox=address).passed
     assert run_cases("print(1 / 0)", [("1", "2")], sandbox=address).reason.startswith("test 1: exit status 1: Zero")
 
@@ -200,6 +257,15 @@ def test_a_service_in_trouble_is_asked_again_and_never_counts_as_a_wrong_answer(
     FakeService.faults = [(302, "")]
     with pytest.raises(SandboxError, match="HTTP 302"):
         run_tests("x = 1", "assert x", sandbox=address)
+
+
+def test_a_service_whose_program_never_starts_counts_nothing_as_wrong(address, monkeypatch):
+    broken = sandbox.SOURCE.replace("def confine(limits: dict[str, Any]) -> None:", "def confine(limits):\n    1 / 0")
+    assert broken != sandbox.SOURCE
+    monkeypatch.setattr(service, "SOURCE", broken)
+    with pytest.raises(SandboxError, match=r"ended before it was confined\. Nothing was judged"):
+        run_tests("x = 1", "assert x", sandbox=address)
+    assert len(FakeService.seen) == 2
 
 
 def test_no_service_is_an_error_of_its_own(monkeypatch):

@@ -1,5 +1,6 @@
 """Programs are judged by what they do, and can do nothing else: each hostile program is a test, behind each wall."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from omniopd_jax.eval import sandbox as sandbox_lib
 from omniopd_jax.eval.code import make_sandbox
-from omniopd_jax.eval.sandbox import Limits, LocalSandbox
+from omniopd_jax.eval.sandbox import Limits, LocalSandbox, SandboxError
 from omniopd_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,6 +332,72 @@ assert math.floor(sqrt(5)) == 2
 
 def test_tests_that_end_the_judge_give_no_verdict(either):
     assert "without a verdict" in either.run_tests(HONEST, "import os\nos._exit(0)", LIMITS).reason
+
+
+@pytest.fixture
+def fake_wall(monkeypatch, tmp_path):
+    """A wall whose setup is a line of shell; "$@" is what it is to start. Tests ask for no pause between attempts."""
+
+    def make(line: str) -> LocalSandbox:
+        command = ["/bin/sh", "-c", line.replace("MARK", str(tmp_path / "mark")), "setup"]
+        monkeypatch.setattr(sandbox_lib, "_PAUSE_S", 0.0)
+        monkeypatch.setattr(sandbox_lib.Wall, "command", lambda *_: command)
+        monkeypatch.setattr(sandbox_lib, "wall_here", lambda: ("none", ""))
+        return LocalSandbox()
+
+    return make
+
+
+def test_a_setup_that_fails_once_is_tried_again(fake_wall, tmp_path):
+    local = fake_wall('mkdir MARK 2>/dev/null && { echo "mount: busy" >&2; exit 125; }; exec "$@"')
+    assert local.run_program("print(input())", "line\n", LIMITS) == ("line\n", "")
+    (tmp_path / "mark").rmdir()
+    assert local.run_tests(HONEST, TESTS, LIMITS).passed
+    (tmp_path / "mark").rmdir()
+    wrong = local.run_tests("def double(x):\n    return 5", TESTS, LIMITS)
+    assert wrong.reason == "failed: assert double(2) == 4", "what it says in the end is about the program"
+
+
+def test_a_setup_that_fails_always_counts_no_program_as_wrong(fake_wall):
+    local = fake_wall('echo "mount: busy" >&2; exit 125')
+    for run in (local.run_program, local.run_tests):
+        with pytest.raises(SandboxError, match=r"mount: busy\. Nothing was judged"):
+            run(HONEST, TESTS, LIMITS)
+
+
+def test_a_setup_that_hangs_or_lies_counts_no_program_as_wrong(fake_wall, monkeypatch):
+    monkeypatch.setattr(sandbox_lib, "_START_S", 0.2)
+    with pytest.raises(SandboxError, match=r"no program ran within 0\.2 s"):
+        fake_wall("exec sleep 60").run_program(HONEST, "", LIMITS)
+    with pytest.raises(SandboxError, match="ended before a program ran"):
+        fake_wall("echo started; exit 0").run_program(HONEST, "", LIMITS)
+    with pytest.raises(SandboxError, match="wall: none"):
+        fake_wall("echo started; exit 0").run_tests(HONEST, TESTS, LIMITS)
+
+
+def test_only_one_of_the_two_sandboxes_fails(fake_wall):
+    """The program's may fail while that of the tests works: the tests then have nothing to say."""
+    local = fake_wall('case "$*" in *candidate) echo "no more processes" >&2; exit 125;; esac; exec "$@"')
+    with pytest.raises(SandboxError, match="no more processes"):
+        local.run_tests(HONEST, TESTS, LIMITS)
+
+
+def test_a_program_that_ends_at_once_has_started(either):
+    assert either.run_program("import os\nos._exit(3)", "", LIMITS) == ("", "exit status 3")
+    assert either.run_program("", "", LIMITS) == ("", "")
+    verdict = either.run_tests("import os\nos.kill(os.getpid(), 9)", TESTS, LIMITS)
+    assert verdict.reason == "the program: ended before its tests were done"
+
+
+def test_each_call_has_its_own_time(either):
+    slow = "import time\ndef double(x):\n    time.sleep(0.6)\n    return 2 * x"
+    limits = dataclasses.replace(LIMITS, timeout_s=5.0, call_s=1.0)
+    assert either.run_tests(slow, TESTS, limits).passed, "1.2 s in all"
+    for endless in ("while True: pass", HONEST.replace("return", "while True: pass\n    return")):
+        began = time.monotonic()
+        tests = f"try:\n    {TESTS.splitlines()[0]}\nexcept BaseException:\n    pass"
+        assert either.run_tests(endless, tests, limits).reason == "the program: timeout: more than 1 s in one call"
+        assert time.monotonic() - began < 5
 
 
 def test_no_wall_is_refused_unless_allowed(monkeypatch):

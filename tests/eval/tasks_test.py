@@ -180,6 +180,31 @@ def test_livecodebench_by_stdin_and_by_calls(tmp_path):
         assert not judge_program(solution.replace("add__", "sub__"), by_call.answer, sandbox=place).passed
 
 
+def test_livecodebenchs_programs_find_what_its_own_runner_gives_them(tmp_path):
+    """Modules by their names, the functions within by theirs, and a recursion of more than Python's 1000."""
+    row = {"question_id": "abc", "question_content": "Sum to n.", "starter_code": "", "metadata": "{}",
+           "public_test_cases": json.dumps([{"input": "5000\n", "output": "12502500\n"}])}  # fmt: skip
+    (prompt,) = read_task("livecodebench", written(tmp_path, [row]))
+    reference = CodeReference.loads(prompt.answer)
+    script = """
+def total(n):
+    return n + total(n - 1) if n else 0
+assert bisect.bisect_left([1, 2], 2) == bisect_left([1, 2], 2) == 1
+assert datetime.datetime.min.year == copy.copy(1) == deepcopy(1) == 1
+assert json.loads("1") == operator.add(0, 1) == reduce(add, [0, 1]) and io.StringIO(dumps(1)).read() == "1"
+assert floor(sqrt(5)) == 2 and Counter("a")["a"] == len(list(permutations([1]))) and Optional[int]
+sys.stdout.write(str(total(int(stdin.readline()))))
+"""
+    if sandbox.wall_here()[0]:
+        assert judge_program(f"```python\n{script}```", prompt.answer, sandbox=make_sandbox("local")).passed
+    assert reference.calls == 0, "each stdin is a run with the whole time"
+    calls = [{"input": str(i), "output": str(i)} for i in range(7)]
+    method = row | {"starter_code": "class Solution:", "metadata": '{"func_name": "f"}',
+                    "public_test_cases": json.dumps(calls)}  # fmt: skip
+    (prompt,) = read_task("livecodebench", written(tmp_path, [method]))
+    assert CodeReference.loads(prompt.answer).calls == 7
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("called",))
