@@ -46,6 +46,7 @@ from omniopd_jax.types import InputError, Message, Prompt
         ("Answer: 1 / 2", "0.5", True),
         ("Answer: 2 3", "23", False),
         ("Answer: 2 3", "2", False),
+        ("Answer: 2 3", "5", False),  # nor a sum
         (r"\boxed{3, 100}", "3100", False),  # a list
         (r"\boxed{3,100}", "3100", True),
         (r"\boxed{12,34}", "1234", False),
