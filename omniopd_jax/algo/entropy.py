@@ -64,11 +64,15 @@ def token_logprob(
     return scores[1]
 
 
-def log_normaliser(logits_nxV: Array) -> tuple[Array, Array]:
-    """(peak, log_total), each [n, 1]: log Σ exp = peak + log_total. Kept apart, large logits lose no digits."""
+def shifted_weights(logits_nxV: Array) -> tuple[Array, Array, Array, Array]:
+    """(peak_nx1, shifted_nxV, weights_nxV, total_nx1): logits less their peak, exp of them, and its sum.
+
+    log p = shifted − log total and p = weights / total; so large logits lose no digits.
+    """
     peak = jnp.max(logits_nxV, axis=-1, keepdims=True)
     shifted = logits_nxV - peak
-    return peak, jnp.log(jnp.sum(_where_positive(shifted, jnp.exp(shifted)), axis=-1, keepdims=True))
+    weights = _where_positive(shifted, jnp.exp(shifted))
+    return peak, shifted, weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _where_positive(logprobs_nxV: Array, terms_nxV: Array) -> Array:
@@ -105,7 +109,8 @@ def _score_forward(
 
     def block(_, hidden_nxD, targets_n):
         logits = block_logits(hidden_nxD, operand, softcap)
-        peak, log_total = log_normaliser(logits)
+        peak, _, _, total = shifted_weights(logits)
+        log_total = jnp.log(total)
         logprob = target_logit(logits, targets_n) - peak - log_total
         entropy = jnp.zeros_like(logprob[:, 0])
         if with_entropy:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from omniopd_jax.algo.blocks import block_logits, check_shapes, head_rows, pull_back, scan_blocks
-from omniopd_jax.algo.entropy import log_normaliser, logprob_gradient, target_logit
+from omniopd_jax.algo.entropy import logprob_gradient, shifted_weights, target_logit
 from omniopd_jax.types import Array, PyTree
 
 # (logprob_n, kl_n, fields of the same n tokens) → the loss of these tokens, a scalar
@@ -148,14 +148,13 @@ def _terms(
     logits: Array, targets_n: Array, ref_hidden_nxD: Array, ref_operand: Array | None, softcap: float | None
 ) -> tuple[Array, Array, Array, Array | None]:
     """(logprob_n, kl_n, probability_nxV, the reference's probability_nxV or None) of one block."""
-    peak, log_total = log_normaliser(logits)
-    logprobs = logits - peak - log_total
-    logprob = (target_logit(logits, targets_n) - peak - log_total)[:, 0]
+    _, shifted, weights, total = shifted_weights(logits)
+    logprob = (target_logit(shifted, targets_n) - jnp.log(total))[:, 0]
     if ref_operand is None:
-        return logprob, jnp.zeros_like(logprob), jnp.exp(logprobs), None
+        return logprob, jnp.zeros_like(logprob), weights / total, None
     ref_logits = block_logits(ref_hidden_nxD, ref_operand, softcap)
-    ref_peak, ref_log_total = log_normaliser(ref_logits)
-    ref_logprobs = ref_logits - ref_peak - ref_log_total
-    ref_probability = jnp.exp(ref_logprobs)
-    kl = jnp.sum(ref_probability * (ref_logprobs - logprobs), axis=-1)
-    return logprob, kl, jnp.exp(logprobs), ref_probability
+    _, ref_shifted, ref_weights, ref_total = shifted_weights(ref_logits)
+    ref_probability = ref_weights / ref_total
+    # Σ p_ref (log p_ref − log p), the normalisers taken out of the sum: one exp a side and number
+    kl = jnp.sum(ref_probability * (ref_shifted - shifted), axis=-1) + (jnp.log(total) - jnp.log(ref_total))[:, 0]
+    return logprob, kl, weights / total, ref_probability
