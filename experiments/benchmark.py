@@ -33,9 +33,6 @@ _CORES = flags.DEFINE_list("cores", [], "Cores to which every contestant is pinn
 _CLOCK = flags.DEFINE_enum(
     "clock", "wall", ["wall", "cpu"], "cpu: seconds of the process itself, where others use the machine as well."
 )
-_HUGE_PAGES = flags.DEFINE_enum(
-    "huge_pages", "ours", ["ours", "all", "none"], "Whose malloc asks for huge pages; ours: as our commands do."
-)
 _PEERS = flags.DEFINE_bool("peers", False, "Have transformers, TRL and Tunix do the same work.")
 _JSON = flags.DEFINE_string("json", None, "File that the records are added to.")
 _TABLES = flags.DEFINE_string("tables", None, "Print the tables of such a file, measure nothing.")
@@ -50,9 +47,7 @@ def main() -> None:
         else:
             print(text)
         return
-    settings = contest.Settings(
-        repeats=_REPEATS.value, cores=_cores(), clock=_CLOCK.value, huge_pages=_HUGE_PAGES.value
-    )
+    settings = contest.Settings(repeats=_REPEATS.value, cores=_cores(), clock=_CLOCK.value)
     contest.pin(settings.cores)
     cache, scripts = suites.cache_folder(), Path(__file__).parent / "peers"
     rates = contest.Process(contest.Entrant("machine", {"work": "machine", "dtype": _DTYPE.value}), settings)

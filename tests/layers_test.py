@@ -14,7 +14,6 @@ MAY_IMPORT = {
     "prng": {"types"},
     "gathering": {"types"},
     "quiet": set(),
-    "huge_pages": set(),
     "config": {"types"},
     "algo": {"types"},
     "models": {"types", "gathering"},
@@ -33,7 +32,7 @@ MAY_IMPORT = {
     "report": set(),
     "bench": {
         "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",
-        "worlds", "huge_pages",
+        "worlds",
     },
 }  # fmt: skip
 LOCAL_TEACHER = {"models", "rollout"}  # teacher/local.py is a model of ours

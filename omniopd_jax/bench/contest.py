@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omniopd_jax import huge_pages
 from omniopd_jax.bench.shapes import Cost
 from omniopd_jax.types import InputError
 
@@ -52,7 +51,6 @@ class Settings:
     repeats: int
     cores: tuple[int, ...]  # to which this process and all contestants are pinned; () leaves them alone
     clock: str  # "wall", or "cpu": the process's own seconds, for machines that others use too
-    huge_pages: str = "ours"  # who gets them (`huge_pages`): ours, as our commands do; all; none
 
 
 def pin(cores: tuple[int, ...]) -> None:
@@ -77,9 +75,6 @@ class Process:
         environment |= {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if settings.cores:
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(len(settings.cores)))
-        environment["GLIBC_TUNABLES"] = ""
-        if settings.huge_pages == "all" or (settings.huge_pages == "ours" and entrant.command == OURS):
-            environment |= huge_pages.environment(environment)
         self.name = entrant.name
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
