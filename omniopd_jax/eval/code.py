@@ -50,7 +50,13 @@ def make_sandbox(place: str, *, allow_unsandboxed: bool = False) -> Sandbox:
 
 
 def run_tests(
-    program: str, tests: str, *, timeout_s: float = 10.0, memory_mb: int = 1024, sandbox: Sandbox | str = "local"
+    program: str,
+    tests: str,
+    *,
+    timeout_s: float = 10.0,
+    call_s: float = 0.0,
+    memory_mb: int = 1024,
+    sandbox: Sandbox | str = "local",
 ) -> Verdict:
     """Runs Python tests against a program.
 
@@ -59,6 +65,7 @@ def run_tests(
       tests: trusted text that fails by raising. It may use what the program defines by name, or import it from the
         module `program`; it meets plain data as such, and everything else as in `eval/inside.py`.
       timeout_s: wall time of program and tests together.
+      call_s: wall time of each thing that the tests ask of the program; 0: timeout_s alone.
       memory_mb: address space of each process.
       sandbox: where.
 
@@ -67,7 +74,7 @@ def run_tests(
       SandboxError: the sandbox failed, which says nothing about the program.
     """
     place = make_sandbox(sandbox) if isinstance(sandbox, str) else sandbox
-    return place.run_tests(program, tests, Limits(timeout_s=timeout_s, memory_mb=memory_mb))
+    return place.run_tests(program, tests, Limits(timeout_s=timeout_s, call_s=call_s, memory_mb=memory_mb))
 
 
 def run_cases(
@@ -194,8 +201,8 @@ def judge_program(
         program = reference.stub + program  # the body alone, as a base model continues a stub
     else:
         program = reference.stub + "\n" + program  # its imports and helpers; what the response defines comes later
-    limits = Limits(timeout_s=timeout_s, memory_mb=memory_mb)
+    whole, call_s = timeout_s, 0.0
     if reference.calls:
+        call_s = timeout_s
         whole = max(timeout_s, min(timeout_s * (reference.calls + 1), _LONGEST_S))  # one more: the program's own start
-        limits = dataclasses.replace(limits, timeout_s=whole, call_s=timeout_s)
-    return sandbox.run_tests(program, reference.tests, limits)
+    return run_tests(program, reference.tests, timeout_s=whole, call_s=call_s, memory_mb=memory_mb, sandbox=sandbox)

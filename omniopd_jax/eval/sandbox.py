@@ -122,7 +122,7 @@ class LocalSandbox:
         Raises:
           SandboxError: the sandboxes could not be set up, twice.
         """
-        return _insist(lambda: self._run_tests(program, tests, limits), self.wall)
+        return insist(lambda: self._run_tests(program, tests, limits), f"(wall: {self.wall})")
 
     def run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
         """(stdout, "" or what went wrong) of the program, given `text` on stdin.
@@ -130,7 +130,7 @@ class LocalSandbox:
         Raises:
           SandboxError: the sandbox could not be set up, twice.
         """
-        return _insist(lambda: self._run_program(program, text, limits), self.wall)
+        return insist(lambda: self._run_program(program, text, limits), f"(wall: {self.wall})")
 
     def _run_tests(self, program: str, tests: str, limits: Limits) -> Verdict:
         with contextlib.ExitStack() as stack:
@@ -155,8 +155,8 @@ class LocalSandbox:
                 os.close(ends.pop())  # only the two processes hold them now: an end that dies is noticed
             try:
                 told, _, outcome = _collect(judge, limits.timeout_s, limits.output_bytes)
-            except _NotStartedError as error:
-                raise _NotStartedError(_tail(os.pread(said.fileno(), _ERRORS, 0)) or str(error)) from error
+            except NotStartedError as error:
+                raise NotStartedError(_tail(os.pread(said.fileno(), _ERRORS, 0)) or str(error)) from error
         if outcome:
             return Verdict(False, outcome)
         try:
@@ -180,21 +180,25 @@ class LocalSandbox:
         return out.decode(errors="replace"), outcome
 
 
-class _NotStartedError(Exception):
+class NotStartedError(Exception):
     """A program has not begun to run; the message is what the wall said."""
 
 
-def _insist(attempt: Callable[[], _T], wall: str) -> _T:
-    """attempt(), once more where the sandbox itself fails (a full process table, a busy mount): that may pass."""
+def insist(attempt: Callable[[], _T], where: str) -> _T:
+    """attempt(), once more where the sandbox itself fails (a full process table, a busy mount): that may pass.
+
+    Raises:
+      SandboxError: it failed twice.
+    """
     said = ""
     for number in range(_ATTEMPTS):
         if number:
             time.sleep(_PAUSE_S)
         try:
             return attempt()
-        except (_NotStartedError, OSError) as error:
+        except (NotStartedError, OSError) as error:
             said = str(error)
-    raise SandboxError(f"The sandbox (wall: {wall}) cannot run programs: {said}. Nothing was judged by that.")
+    raise SandboxError(f"The sandbox {where} cannot run programs: {said}. Nothing was judged by that.")
 
 
 def _tail(said: bytes) -> str:
@@ -226,7 +230,7 @@ def try_wall(name: str) -> str:
     sandbox.wall = name
     try:
         out, outcome = sandbox._run_program("print('within')", "", Limits(timeout_s=20.0))
-    except (_NotStartedError, OSError) as error:
+    except (NotStartedError, OSError) as error:
         return str(error)
     return "" if (out, outcome) == ("within\n", "") else outcome or "it does not answer"
 
@@ -364,7 +368,7 @@ def _collect(process: subprocess.Popen, timeout_s: float, most: int) -> tuple[by
     Its time begins with STARTED, which a program that has not run cannot write.
 
     Raises:
-      _NotStartedError: the process ended, or _START_S passed, without it.
+      NotStartedError: the process ended, or _START_S passed, without it.
     """
     deadline = time.monotonic() + _START_S
     started = False
@@ -394,7 +398,7 @@ def _collect(process: subprocess.Popen, timeout_s: float, most: int) -> tuple[by
                 outcome = f"output: more than {most} bytes"
     if not started:
         late = f"no program ran within {_START_S:g} s" if outcome else "it ended before a program ran"
-        raise _NotStartedError(_tail(bytes(kept[process.stderr])) or late)
+        raise NotStartedError(_tail(bytes(kept[process.stderr])) or late)
     if not outcome:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from omniopd_jax.eval.sandbox import SOURCE, Limits, SandboxError
+from omniopd_jax.eval.sandbox import SOURCE, Limits, NotStartedError, SandboxError, insist
 from omniopd_jax.eval.verdict import Verdict
 from omniopd_jax.types import InputError
 
@@ -62,17 +62,18 @@ class ServiceSandbox:
             f"import json\nsource = json.loads({source!r})\nscope = {{'__name__': 'inside', '__file__': __file__}}\n"
             f"exec(source, scope)\nscope['service'](source, json.loads({json.dumps(job)!r}), {token!r})\n"
         )
-        said = ""
-        for _ in range(2):
+
+        def judged() -> Verdict:
             result, outcome = self._run(code, "", limits)
             lines = [line for line in str(result.get("stdout") or "").splitlines() if line.startswith(token)]
             if len(lines) != 1:
                 return Verdict(False, outcome or "the tests ended without a verdict")
             found = json.loads(lines[0].removeprefix(token))
-            if "failed" not in found:
-                return Verdict(found["passed"] is True, str(found["reason"]))
-            said = found["failed"]
-        raise SandboxError(f"The sandbox at {self._url} cannot run programs: {said}. Nothing was judged by that.")
+            if "failed" in found:
+                raise NotStartedError(found["failed"])
+            return Verdict(found["passed"] is True, str(found["reason"]))
+
+        return insist(judged, f"at {self._url}")
 
     def run_program(self, program: str, text: str, limits: Limits) -> tuple[str, str]:
         """As LocalSandbox.run_program."""

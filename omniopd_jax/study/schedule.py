@@ -16,7 +16,7 @@ from omniopd_jax.study import design
 from omniopd_jax.study.design import Run, Study
 from omniopd_jax.study.measure import score
 from omniopd_jax.study.run import read_measured
-from omniopd_jax.train.checkpoint import WorkdirError, flat
+from omniopd_jax.train.checkpoint import WorkdirError, changes, flat
 from omniopd_jax.train.stops import Interrupts
 from omniopd_jax.types import InputError
 
@@ -65,13 +65,13 @@ def check_settings(study: Study, common: Mapping[str, Any], folder: Path) -> Non
         old = flat(json.loads(file.read_text(encoding="utf-8")))
         new = flat(to_dict(design.run_config(common, study, run, folder)))
         differing = [
-            f"{name} was {old[name]!r}, now {new[name]!r}"
+            name
             for name in sorted(old.keys() & new.keys())
             if old[name] != new[name] and not name.startswith(_CHANGES_NO_NUMBER)
         ]
         if differing:
             raise WorkdirError(
-                f"{folder / run.path} is finished with other settings ({'; '.join(differing[:4])}); "
+                f"{folder / run.path} is finished with other settings ({changes(old, new, differing)}); "
                 "name another --workdir, or delete this run to have it done again."
             )
 

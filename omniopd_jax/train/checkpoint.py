@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,10 +75,14 @@ def check_same_config(before: Mapping[str, Any], config: Config, where: Path) ->
     """Raises WorkdirError, naming the fields, where `config` would not continue the run that wrote `before`."""
     names = differing_fields(before, config)
     if names:
-        old, new = flat(before), flat(to_dict(config))
-        shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:4])
-        more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
-        raise WorkdirError(f"{where} belongs to a run of another config ({shown}{more}); use another work directory.")
+        shown = changes(flat(before), flat(to_dict(config)), names)
+        raise WorkdirError(f"{where} belongs to a run of another config ({shown}); use another work directory.")
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first few of the fields that differ between two flat configs, in words."""
+    shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:4])
+    return shown + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def fingerprint(tree: PyTree) -> Array:
