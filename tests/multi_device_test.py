@@ -81,7 +81,7 @@ def main() -> None:
     from omniopd_jax.config import MeshConfig, from_mapping
     from omniopd_jax.train import batching, sharding
     from omniopd_jax.train.checkpoint import Checkpoints
-    from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+    from omniopd_jax.train.optimizer import make_optimizer
     from omniopd_jax.train.score import make_student
     from omniopd_jax.train.step import StepOptions, init_state, jit_step, state_shardings, without_trainable
     from omniopd_jax.types import TokenTree
@@ -130,7 +130,6 @@ def main() -> None:
         jitted = jit_step(
             *fixed,
             optimizer,
-            learning_rate_schedule(config.optimizer, 10),
             mesh,
             shardings,
             StepOptions(block_tokens=32),

@@ -12,7 +12,7 @@ from omniopd_jax.bench.protocol import Spec, Work
 from omniopd_jax.config import from_mapping
 from omniopd_jax.train import batching, sharding
 from omniopd_jax.train.compilation import CompileCounter
-from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.optimizer import make_optimizer
 from omniopd_jax.train.step import StepOptions, init_state, make_step, state_shardings, without_trainable
 from omniopd_jax.types import TokenTree
 
@@ -34,7 +34,6 @@ def update(spec: Spec) -> Work:
         without_trainable(model),
         model if spec["has_anchor"] else None,
         optimizer,
-        learning_rate_schedule(config.optimizer, config.train.steps),
         mesh,
         shardings,
         StepOptions(has_trunk=spec["kind"] == "verify", has_anchor=spec["has_anchor"], remat=spec["remat"]),

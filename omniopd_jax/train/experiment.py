@@ -33,7 +33,7 @@ from omniopd_jax.train.credit import needs_of, puts_weight_on_trunk
 from omniopd_jax.train.evaluation import Evaluator, judge_of, make_evaluator, rows_of
 from omniopd_jax.train.metrics import RunLog
 from omniopd_jax.train.mirror import Mirror
-from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.optimizer import make_optimizer
 from omniopd_jax.train.pipeline import check_staleness
 from omniopd_jax.train.score import Student, make_scorer, make_student
 from omniopd_jax.train.small_world import with_world
@@ -189,7 +189,6 @@ def prepare(
             frozen,
             _reference(config, student),
             optimizer,
-            learning_rate_schedule(config.optimizer, num_updates),
             mesh,
             shardings,
             step_options(config, mesh),

@@ -18,6 +18,7 @@ from omniopd_jax.algo.entropy import token_logprob
 from omniopd_jax.algo.fused import fused_terms
 from omniopd_jax.algo.losses import TOKEN_FIELDS, k3_kl, token_loss, tree_loss
 from omniopd_jax.models import Model, decoder
+from omniopd_jax.train.optimizer import Optimizer
 from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, spread_tree, trainable_axes
 from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
 
@@ -66,7 +67,7 @@ def with_trainable(frozen: Model, params: PyTree) -> Model:
     return replace(frozen, params=params) if frozen.adapters is None else replace(frozen, adapters=params)
 
 
-def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(mesh: Mesh, model: Model, optimizer: Optimizer) -> TrainState:
     """One sharding a leaf of the state; the optimizer's moments lie where their parameters lie."""
     params = trainable(model)
     of_params = axes_shardings(mesh, params, trainable_axes(model))
@@ -80,7 +81,7 @@ def state_shardings(mesh: Mesh, model: Model, optimizer: optax.GradientTransform
     return TrainState(step=replicated(mesh), params=of_params, opt_state=opt_state)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def init_state(model: Model, optimizer: Optimizer, shardings: TrainState) -> TrainState:
     """The state before the first step. A copy: states are donated, `model` stays as it is."""
 
     def start(params: PyTree) -> TrainState:
@@ -279,17 +280,16 @@ class Step(NamedTuple):
 def make_step(
     frozen: Model,
     reference: Model | None,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer: Optimizer,
     mesh: Mesh,
     shardings: TrainState,
     options: StepOptions,
     teacher: Model | None = None,
 ) -> Step:
     """Compiles, at the first call of each and for each bucket of shapes."""
-    whole = jit_step(frozen, reference, optimizer, schedule, mesh, shardings, options, teacher)
+    whole = jit_step(frozen, reference, optimizer, mesh, shardings, options, teacher)
     add = jit_add(frozen, reference, mesh, shardings, options, teacher)
-    apply = jit_apply(optimizer, schedule, mesh, shardings)
+    apply = jit_apply(optimizer, mesh, shardings)
 
     zeros: Callable[[], Sums] | None = None  # the names of the terms depend on the fields of the first trees
 
@@ -307,8 +307,7 @@ def make_step(
 def jit_step(
     frozen: Model,
     reference: Model | None,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer: Optimizer,
     mesh: Mesh,
     shardings: TrainState,
     options: StepOptions,
@@ -325,16 +324,15 @@ def jit_step(
     ) -> tuple[TrainState, Metrics]:
         def update(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
             grads, terms = gradients(frozen, state.params, reference, trees, options, teacher)
-            return _updated(state, grads, terms, number, optimizer, schedule)
+            return _updated(state, grads, terms, number, optimizer, mesh)
 
         if options.updates == 1:
-            stepped, metrics = update(state, state.step)
-        else:
-            numbers = state.step * options.updates + jnp.arange(options.updates)
-            stepped, several = jax.lax.scan(update, state, numbers)
-            is_finite = jnp.all(several["is_finite"])
-            metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
-        return _kept(state, stepped, metrics)
+            return _counted(*update(state, state.step))
+        numbers = state.step * options.updates + jnp.arange(options.updates)
+        stepped, several = jax.lax.scan(update, state, numbers)
+        is_finite = jnp.all(several["is_finite"])
+        metrics = jax.tree.map(lambda values: values[-1], several) | {"is_finite": is_finite}
+        return _counted(jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, state), metrics)
 
     of_frozen, of_reference, of_teacher = map(_shardings_of, (frozen, reference, teacher))
     return jax.jit(
@@ -370,13 +368,11 @@ def jit_add(
     )
 
 
-def jit_apply(
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, shardings: TrainState
-) -> Any:
+def jit_apply(optimizer: Optimizer, mesh: Mesh, shardings: TrainState) -> Any:
     """The jitted function of (state, sums) behind `Step.apply`."""
 
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
-        return _kept(state, *_updated(state, *sums, state.step, optimizer, schedule))
+        return _counted(*_updated(state, *sums, state.step, optimizer, mesh))
 
     return jax.jit(
         apply,
@@ -387,32 +383,32 @@ def jit_apply(
 
 
 def _updated(
-    state: TrainState,
-    grads: PyTree,
-    terms: Metrics,
-    number: Array,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    state: TrainState, grads: PyTree, terms: Metrics, number: Array, optimizer: Optimizer, mesh: Mesh
 ) -> tuple[TrainState, Metrics]:
-    """Update `number` of the optimizer, with what is to be known about it."""
+    """Update `number` of the optimizer, with what is to be known about it. Where not all is finite, nothing changes."""
     grads = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), grads, state.params)
+    norm = optax.global_norm(grads)
     metrics = terms | {
-        "optimizer/grad_norm": optax.global_norm(grads),
-        "optimizer/learning_rate": jnp.asarray(schedule(number), jnp.float32),
+        "optimizer/grad_norm": norm,
+        "optimizer/learning_rate": jnp.asarray(optimizer.schedule(number), jnp.float32),
     }
     # Where the gradients' squares have a finite sum, AdamW's moments and update are finite. To wait for the norm of
     # the update would keep both moments and the update of every parameter until the last is known.
     is_finite = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in TERMS if name in metrics])))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics |= {"optimizer/update_norm": optax.global_norm(updates), "is_finite": is_finite}
-    stepped = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    return stepped, metrics
+    params, opt_state, update_norm = optimizer.update(
+        grads, state.opt_state, state.params, norm=norm, is_kept=is_finite, is_one_pass=_is_one_cpu(mesh)
+    )
+    metrics |= {"optimizer/update_norm": update_norm, "is_finite": is_finite}
+    return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
 
-def _kept(state: TrainState, stepped: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-    """The state after the step; where anything was not finite, the state before it."""
-    stepped = dataclasses.replace(stepped, step=state.step + 1)
-    return jax.tree.map(lambda new, old: jnp.where(metrics["is_finite"], new, old), stepped, state), metrics
+def _is_one_cpu(mesh: Mesh) -> bool:
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def _counted(stepped: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """A step that changed nothing does not count."""
+    return dataclasses.replace(stepped, step=stepped.step + metrics["is_finite"]), metrics
 
 
 def _shardings_of(tree: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from omniopd_jax.config import MeshConfig, OptimizerConfig
 from omniopd_jax.data import Tokenizer
 from omniopd_jax.models import Model
 from omniopd_jax.train import batching, sharding
-from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.optimizer import make_optimizer
 from omniopd_jax.train.step import (
     StepOptions,
     init_state,
@@ -97,7 +97,6 @@ def train_on_texts(
         frozen,
         None,
         transformation,
-        learning_rate_schedule(optimizer, steps),
         mesh,
         shardings,
         StepOptions(

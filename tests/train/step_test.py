@@ -12,7 +12,7 @@ import scipy.special
 from omniopd_jax import models
 from omniopd_jax.config import MeshConfig
 from omniopd_jax.train import batching, sharding
-from omniopd_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from omniopd_jax.train.optimizer import make_optimizer
 from omniopd_jax.train.step import (
     StepOptions,
     gradients,
@@ -230,7 +230,6 @@ def stepper(model, reference, make_config):
         without_trainable(model),
         sharding.placed(reference, mesh),
         optimizer,
-        learning_rate_schedule(config.optimizer, 10),
         mesh,
         shardings,
         OPTIONS,
@@ -411,8 +410,7 @@ def test_several_updates_on_a_batch_are_as_many_steps_on_it(model, reference, ma
 
     def run(steps, updates):
         options = dataclasses.replace(OPTIONS, has_trunk=False, has_anchor=False, updates=updates)
-        schedule = learning_rate_schedule(config.optimizer, 10)
-        step = make_step(without_trainable(model), None, optimizer, schedule, mesh, shardings, options).whole
+        step = make_step(without_trainable(model), None, optimizer, mesh, shardings, options).whole
         state, metrics = init_state(model, optimizer, shardings), []
         for _ in range(steps):
             state, found = step(state, batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1))
