@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
+from omniopd_jax import heap
 from omniopd_jax.config import Config, from_mapping
 from omniopd_jax.types import InputError
 
@@ -80,6 +81,7 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    heap.keep_freed_memory()
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "prng": {"types"},
     "gathering": {"types"},
     "quiet": set(),
+    "heap": set(),
     "config": {"types"},
     "algo": {"types"},
     "models": {"types", "gathering"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "report": set(),
     "bench": {
         "types", "prng", "config", "algo", "models", "rollout", "data", "similarity", "teacher", "train",
-        "worlds",
+        "worlds", "heap",
     },
 }  # fmt: skip
 LOCAL_TEACHER = {"models", "rollout"}  # teacher/local.py is a model of ours

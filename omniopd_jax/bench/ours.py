@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from omniopd_jax import heap
 from omniopd_jax.bench.protocol import Spec, Work, serve
 
 # name → module of this room and the function that prepares it
@@ -30,4 +31,5 @@ def prepare(spec: Spec) -> Work:
 
 
 if __name__ == "__main__":
+    heap.keep_freed_memory()  # as every command of ours does
     serve(prepare)

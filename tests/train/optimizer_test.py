@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from omniopd_jax.train import one_pass
 from omniopd_jax.train.optimizer import decays, learning_rate_schedule, make_optimizer
 
 
@@ -28,7 +29,16 @@ def test_schedules(settings, schedule, half, end):
     assert learning_rate_schedule(dataclasses.replace(settings, warmup_steps=0), 5)(0) == np.float32(0.1)
 
 
-def test_adamw_follows_its_equations(settings):
+def updated(optimizer, grads, state, params, **more):
+    return jax.jit(
+        lambda grads, state, params: optimizer.update(
+            grads, state, params, **{"norm": optax.tree.norm(grads), "is_kept": True} | more
+        )
+    )(grads, state, params)
+
+
+@pytest.mark.parametrize("is_one_pass", [False, True])
+def test_adamw_follows_its_equations(settings, is_one_pass):
     settings = dataclasses.replace(settings, weight_decay=0.3)
     optimizer = make_optimizer(settings, 10)
     params = {"layer": {"kernel": jnp.array([1.0, -2.0])}, "final_norm": {"scale": jnp.array([1.0])}}
@@ -38,13 +48,14 @@ def test_adamw_follows_its_equations(settings):
     state = optimizer.init(params)
     x, m, v = np.array([1.0, -2.0]), 0.0, 0.0
     for t, grad in enumerate(grads, start=1):
-        updates, state = optimizer.update(grad, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state, norm = updated(optimizer, grad, state, params, is_one_pass=is_one_pass)
         g = np.asarray(grad["layer"]["kernel"], np.float64)
         g = g / max(1.0, np.sqrt((g**2).sum()))  # clipped to norm 1
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         rate = 0.02 * t
-        x = x - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + settings.eps) + 0.3 * x)
+        change = rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + settings.eps) + 0.3 * x)
+        x = x - change
+        np.testing.assert_allclose(norm, np.sqrt((change**2).sum()), rtol=1e-5)
     np.testing.assert_allclose(params["layer"]["kernel"], x, rtol=1e-5)
     np.testing.assert_array_equal(params["final_norm"]["scale"], [1.0])  # norms do not decay
 
@@ -55,6 +66,50 @@ def test_no_clipping_and_a_small_first_moment(settings):
     state = optimizer.init(params)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert dtypes == {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_pass_in_blocks_is_the_update_at_once(settings, monkeypatch, dtype):
+    """Leaves shorter and longer than a block and a multiple of it; moments of another dtype; counts count updates."""
+    monkeypatch.setattr(one_pass, "_BLOCK", 8)
+    optimizer = make_optimizer(dataclasses.replace(settings, weight_decay=0.3, state_dtype=dtype), 10)
+    shapes = {"a": {"kernel": (3, 7)}, "b": {"bias": (5,), "kernel": (2, 2, 4)}, "norm": {"scale": (8,)}}
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda shape: draw(size=shape).astype(np.float32), shapes, is_leaf=lambda x: type(x) is tuple)
+    rtol = 1e-5 if dtype == "float32" else 1e-2
+    ways = {is_one_pass: (params, optimizer.init(params)) for is_one_pass in (False, True)}
+    for _ in range(3):
+        grads = jax.tree.map(lambda leaf: draw(size=leaf.shape).astype(np.float32), params)
+        norms = []
+        for is_one_pass, (params, state) in ways.items():
+            *ways[is_one_pass], norm = updated(optimizer, grads, state, params, is_one_pass=is_one_pass)
+            norms.append(norm)
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol), *ways.values())
+    assert [int(leaf) for leaf in jax.tree.leaves(ways[True][1]) if leaf.ndim == 0] == [3, 3]
+
+
+@pytest.mark.parametrize("is_one_pass", [False, True])
+def test_an_update_that_is_not_kept_changes_nothing(settings, is_one_pass):
+    optimizer = make_optimizer(settings, 10)
+    params = {"kernel": jnp.arange(4.0), "norm": jnp.ones(3)}
+    grads = {"kernel": jnp.array([1.0, jnp.nan, 2.0, jnp.inf]), "norm": jnp.ones(3)}
+    state = optimizer.init(params)
+    after = updated(optimizer, grads, state, params, is_kept=False, is_one_pass=is_one_pass)
+    jax.tree.map(np.testing.assert_array_equal, after[:2], (params, state))
+
+
+def test_one_pass_holds_blocks_and_no_copy_of_a_parameter(settings):
+    """Else each block would copy its whole leaf: thousands of passes instead of one."""
+    optimizer = make_optimizer(settings, 10)
+    params = {"kernel": jnp.ones((1024, 1024))}
+    state = optimizer.init(params)
+
+    def update(params, state, grads):
+        return optimizer.update(grads, state, params, norm=optax.tree.norm(grads), is_kept=True, is_one_pass=True)
+
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params["kernel"].nbytes / 2
 
 
 def test_norms_and_biases_of_a_decoder_do_not_decay(model):
