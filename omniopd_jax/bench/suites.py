@@ -154,9 +154,9 @@ def update(options: Options) -> Iterator[Contest]:
         shape = dict(
             batch=batch, prompt_tokens=_size(options.prompt_tokens, 1), new_tokens=_size(options.new_tokens, 127)
         )
-        # On A even the products are computed again faster than they are kept, stacked over the layers.
-        settings = _update_settings(options, remat="full" if model == "A" else "dots")
-        spec = _spec(options, model, "update", **shape, kind="verify", **settings)
+        # B would be faster with more memory (docs/benchmarks.md)
+        settings = dict(remat="full", block_tokens=256) if model == "B" else {}
+        spec = _spec(options, model, "update", **shape, kind="verify", **_update_settings(options) | settings)
         width = shape["prompt_tokens"] + shape["new_tokens"]
         yield Contest(
             "update", model, shape, [Entrant("ours", spec), *_rivals(options, "update", ("trl", "tunix"), spec)],
@@ -174,9 +174,12 @@ def update(options: Options) -> Iterator[Contest]:
         )  # fmt: skip
 
 
-def _update_settings(options: Options, *, remat: str = "dots") -> dict[str, Any]:
-    """Of every update measured here. `remat`: what of the layers is computed again, see `train.remat`."""
-    return dict(has_anchor=True, remat=remat, config=options.config, param_dtype="float32")
+def _update_settings(options: Options) -> dict[str, Any]:
+    """Of every update measured here."""
+    block_tokens = options.config["train"]["block_tokens"]
+    return dict(
+        has_anchor=True, remat="dots", block_tokens=block_tokens, config=options.config, param_dtype="float32"
+    )  # fmt: skip
 
 
 def branch(options: Options) -> Iterator[Contest]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from omniopd_jax import models
 from omniopd_jax.bench.programs import model_of, work
 from omniopd_jax.bench.protocol import Spec, Work
 from omniopd_jax.config import from_mapping
@@ -22,12 +24,15 @@ def update(spec: Spec) -> Work:
 
     `kind`: "verify" puts a weight on every response token; "branch" on `chunks` × `branches` continuations a response,
     drawn so that a share of them are equal, as short continuations of a trained student are. `has_anchor`: the KL
-    anchor on every response token.
+    anchor on every response token. `remat`, `block_tokens`: as in `train` of a config.
     """
     counter = CompileCounter()
     config = from_mapping(spec["config"])
     mesh = sharding.make_mesh(config.mesh)
-    model = sharding.placed(model_of(spec), mesh)
+    model = model_of(spec)
+    dtype = jnp.dtype(spec["dtype"])
+    kernel = models.kernel_of(config.student.attention, model.config, dtype, platform=jax.default_backend())
+    model = models.with_kernel(sharding.placed(model, mesh), models.Kernel(kernel, layout=model.module.layout))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shardings = state_shardings(mesh, model, optimizer)
     step = make_step(
@@ -36,7 +41,12 @@ def update(spec: Spec) -> Work:
         optimizer,
         mesh,
         shardings,
-        StepOptions(has_trunk=spec["kind"] == "verify", has_anchor=spec["has_anchor"], remat=spec["remat"]),
+        StepOptions(
+            has_trunk=spec["kind"] == "verify",
+            has_anchor=spec["has_anchor"],
+            remat=spec["remat"],
+            block_tokens=spec["block_tokens"] * sharding.batch_shares(mesh),
+        ),
     ).whole
     state = init_state(model, optimizer, shardings)
     tree = _tree(spec, model.config.vocab_size)
