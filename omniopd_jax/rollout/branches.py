@@ -102,8 +102,9 @@ def sample_branches(
         banned_tokens=tuple(banned_tokens),
     )
     rule.check(model.config.vocab_size)
+    stepper = decoding.stepper(model, start_BxM.size * num_branches)
     return _sample_branches(
-        model, trunk, start_BxM, is_valid_BxM, keys_B,
+        stepper, trunk, start_BxM, is_valid_BxM, keys_B,
         prompt_width=prompt_width, num_branches=num_branches, length=length, rule=rule,
     )  # fmt: skip
 
