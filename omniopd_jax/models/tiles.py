@@ -1,7 +1,7 @@
 """Matrices in tiles of columns: what a few rows are multiplied with in a decoding loop on a CPU.
 
-A product of a few rows with a matrix that lies as D×N reads D rows that lie N floats apart, for a few columns at a time.
-Tiles of 64 columns lie in one piece each; their product takes about half as long (docs/benchmarks.md).
+A product of a few rows with a matrix that lies as D×N reads D rows that lie N floats apart, for a few columns at a
+time. Tiles of 64 columns lie in one piece each; their product takes about half as long (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GROUP = 32  # tiles of one product, for which the rows are repeated: bounds wha
 
 @struct.dataclass
 class Tiles:
-    """A matrix DxN. Groups hold its columns in order, each as J tiles JxDxW; the last group may have one narrow tile."""
+    """A matrix DxN. Groups hold its columns in order, each as J tiles JxDxW; the last may be one narrow tile."""
 
     groups: tuple[Array, ...]
 

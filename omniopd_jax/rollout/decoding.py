@@ -18,7 +18,7 @@ from omniopd_jax.rollout import sampling
 from omniopd_jax.rollout.sampling import Draw, SamplingRule
 from omniopd_jax.types import Array, PyTree
 
-_FEW_ROWS = 32  # up to here a layer's products are faster in tiles, with 64 rows slower (docs/benchmarks.md)
+FEW_ROWS = 32  # up to here a layer's products are faster in tiles, with 64 rows slower (docs/benchmarks.md)
 
 
 @struct.dataclass
@@ -130,7 +130,7 @@ def stepper(model: models.Model, rows: int) -> models.Model:
     """
     if jax.default_backend() != "cpu":
         return model
-    return models.laid_out_for_decoding(model, has_few_rows=rows <= _FEW_ROWS)
+    return models.laid_out_for_decoding(model, has_few_rows=rows <= FEW_ROWS)
 
 
 def head(model: models.Model, rule: SamplingRule) -> Callable[[Array, Array], Draw]:
