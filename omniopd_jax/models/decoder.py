@@ -8,6 +8,8 @@ Hidden states come back after the final norm, ready for `unembedding`; logits ov
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any, Literal, cast
 
 import jax
@@ -15,14 +17,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from omniopd_jax.models import heads
+from omniopd_jax.models import tiles
 from omniopd_jax.models.contexts import BranchStepContext, CausalContext, Keys, StepContext, TreeContext
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kernels import Kernel
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
-from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
+from omniopd_jax.models.layers import DECLARED, TILES, Layer, LayerTraits, RMSNorm
 from omniopd_jax.models.layout import Layout, by_key_head, by_sequence, gathered_layer
-from omniopd_jax.models.parameters import initial_params, nest, parameter_table
+from omniopd_jax.models.parameters import initial_params, leaf, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
 
@@ -204,15 +206,44 @@ def for_decoding(model: Model) -> Model:
     return dataclasses.replace(model, params=params, adapters=adapters)
 
 
-@jax.jit
-def laid_out_for_decoding(model: Model) -> Model:
-    """`for_decoding` as a program of its own, for loops that are entered often; the head in tiles, see `heads`."""
-    tiles = heads.in_tiles(unembedding(model))
+def laid_out_for_decoding(model: Model, *, has_few_rows: bool) -> Model:
+    """`for_decoding` as a program of its own, for loops on a CPU that are entered often: with matrices in tiles.
+
+    Args:
+      has_few_rows: few rows are decoded side by side: the layers' kernels are in tiles too, not the head alone.
+    """
+    layers, adapters, head = _laid_out(model, has_few_rows=has_few_rows)
+    # what stays as it is must not pass through a program, which would copy it
+    return dataclasses.replace(model, params=dict(model.params, layers=layers, **{_HEAD: head}), adapters=adapters)
+
+
+@functools.partial(jax.jit, static_argnames="has_few_rows")
+def _laid_out(model: Model, *, has_few_rows: bool) -> tuple[tuple[PyTree, ...], PyTree | None, tiles.Tiles]:
+    """(parameters of each layer, adapters, head) of a model that is laid out for decoding."""
+    head = tiles.in_tiles(unembedding(model))
     model = for_decoding(model)
-    return dataclasses.replace(model, params=dict(model.params, **{_HEAD: tiles}))
+    layers = model.params["layers"]
+    if has_few_rows:
+        layers = tuple(_layer_in_tiles(model.config, layer) for layer in layers)
+    return layers, model.adapters, head
 
 
-def decoding_head(model: Model) -> heads.Head:
+def _layer_in_tiles(config: DecoderConfig, layer: PyTree) -> PyTree:
+    """One layer's parameters, the kernels of its linear maps in tiles."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for row in parameter_table(config):
+        if row.path[0] != "layers":
+            continue
+        path, parameter = row.path[1:], leaf(layer, row.path[1:])
+        if path[-1] == "kernel":
+            inputs = math.prod(parameter.shape[: row.num_in])
+            leaves[(*path[:-1], TILES)] = tiles.in_tiles(parameter.reshape(inputs, -1))
+        else:
+            leaves[path] = parameter
+    return nest(leaves)
+
+
+def decoding_head(model: Model) -> tiles.Matrix:
     """The head that a decoding loop multiplies with: the tiles where the model has them, else `unembedding`."""
     return model.params[_HEAD] if _HEAD in model.params else unembedding(model)
 

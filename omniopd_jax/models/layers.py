@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from omniopd_jax.models import tiles
 from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.layout import Layout, by_sequence
 from omniopd_jax.models.rope import rotate
@@ -17,6 +19,7 @@ from omniopd_jax.types import Array
 
 # a parameter's name and shape are declared here; how it starts stands in the table of `parameters.py`
 DECLARED = nn.initializers.zeros
+TILES = "tiles"  # what a linear map has in place of `kernel` where it is laid out for decoding on a CPU
 
 
 @struct.dataclass
@@ -55,8 +58,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         num_in = len(self.in_shape)
-        kernel = self.param("kernel", DECLARED, (*self.in_shape, *self.out_shape))
-        y = _contract(x, kernel, num_in)
+        if self.has_variable("params", TILES):
+            rows = x.reshape(-1, math.prod(self.in_shape))
+            y = tiles.product(rows, self.get_variable("params", TILES))
+            y = y.reshape(*x.shape[: x.ndim - num_in], *self.out_shape)
+        else:
+            kernel = self.param("kernel", DECLARED, (*self.in_shape, *self.out_shape))
+            y = _contract(x, kernel, num_in)
         if self.has_bias:
             bias = self.param("bias", DECLARED, self.out_shape)
             y = y + bias.astype(x.dtype)

@@ -18,6 +18,8 @@ from omniopd_jax.rollout import sampling
 from omniopd_jax.rollout.sampling import Draw, SamplingRule
 from omniopd_jax.types import Array, PyTree
 
+FEW_ROWS = 32  # up to here a layer's products are faster in tiles, with 64 rows slower (docs/benchmarks.md)
+
 
 @struct.dataclass
 class DecodingState:
@@ -121,12 +123,14 @@ def decode(
     return jax.lax.while_loop(goes_on, advance, state)
 
 
-def stepper(model: models.Model) -> models.Model:
-    """The model as the decoding loops are handed it: on a CPU laid out once for all of them.
+def stepper(model: models.Model, rows: int) -> models.Model:
+    """The model as the decoding loops of so many rows are handed it: on a CPU laid out once for all of them.
 
     On an accelerator the loop's own program does it, because weights that lie there twice may not fit.
     """
-    return models.laid_out_for_decoding(model) if jax.default_backend() == "cpu" else model
+    if jax.default_backend() != "cpu":
+        return model
+    return models.laid_out_for_decoding(model, has_few_rows=rows <= FEW_ROWS)
 
 
 def head(model: models.Model, rule: SamplingRule) -> Callable[[Array, Array], Draw]:

@@ -56,7 +56,7 @@ def sample(
     layout = model.module.layout
     fewest = group if layout is None or layout.mesh.size == 1 else slots
     state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
-    stepper = decoding.stepper(model)
+    stepper = decoding.stepper(model, slots)
     waiting = 0  # the next prompt to be admitted
     is_active = np.zeros(slots, bool)
     while True:

@@ -87,7 +87,7 @@ def sample(
         return refill.sample(model, tokens_BxP, mask_BxP, keys_B, slots=slots, max_new_tokens=max_new_tokens, rule=rule)
     width = tokens_BxP.shape[1]
     state = read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
-    stepper = decoding.stepper(model)
+    stepper = decoding.stepper(model, len(tokens_BxP))
     for until in segments(max_new_tokens):
         # The last token drawn is never read back, so it needs no column.
         state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=roomy(width + until - 1)))

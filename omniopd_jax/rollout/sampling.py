@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from omniopd_jax.models import heads
+from omniopd_jax.models import tiles
 from omniopd_jax.types import Array
 
 
@@ -65,7 +65,7 @@ def draw_from_hidden(
     uniform_AxQ: Array,
     rule: SamplingRule,
     *,
-    head: heads.Head,
+    head: tiles.Matrix,
     logit_softcap: float | None = None,
     block_logits: int = 2**26,
 ) -> Draw:
@@ -82,13 +82,13 @@ def draw_from_hidden(
     """
 
     def drawn_from(hidden_AxD, uniform_AxQ):
-        logits_AxV = heads.logits(hidden_AxD, head)
+        logits_AxV = tiles.product(hidden_AxD, head, jnp.float32)
         if logit_softcap is not None:
             logits_AxV = logit_softcap * jnp.tanh(logits_AxV / logit_softcap)
         return draw(logits_AxV, uniform_AxQ, rule)
 
     rows = hidden_AxD.shape[0]
-    num_blocks = -(-rows // max(1, block_logits // heads.vocabulary_size(head)))
+    num_blocks = -(-rows // max(1, block_logits // tiles.num_columns(head)))
     if num_blocks <= 1:
         return drawn_from(hidden_AxD, uniform_AxQ)
     block = -(-rows // num_blocks)
