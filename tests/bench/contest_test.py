@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import base
 from omniopd_jax.bench import contest, peers, shapes, suites, tables
 from omniopd_jax.types import InputError
 
@@ -131,7 +132,7 @@ def test_suites_say_what_they_hold():
         prompt_tokens=0,
         new_tokens=0,
         dtype="float32",
-        config={name: {} for name in ("rollout", "audit", "train", "data", "pipeline")},
+        config=base.get_config().to_dict(),
         folder=lambda name: "",
         rivals={"tunix": ("python", "tunix_peer.py")},
     )
