@@ -55,6 +55,8 @@ def update(spec: Spec) -> Work:
 
 def _positions(tree: TokenTree) -> int:
     """Tokens that the step computes."""
+    if tree.read_UxJxW is not None and tree.scored_UxJxW is not None:
+        return tree.read_UxJxW.size
     return tree.prompt_tokens_BxP.size + tree.tokens_BxT.size + tree.branch_tokens_BxRxC.size
 
 
