@@ -68,8 +68,9 @@ def test_listed_tokens_stay_with_their_rows(found):
     assert not found["one"]["listed_of"]
     listed, positions = found["all"]["listed_of"]
     assert listed < positions
-    assert [shape for shape in found["all"]["gathered"] if listed in shape], "embeddings are gathered, of what is listed"
-    assert not [shape for shape in found["all"]["gathered"] if positions in shape]
+    gathered = found["all"]["gathered"]
+    assert [shape for shape in gathered if listed in shape], "embeddings are gathered, of what is listed"
+    assert not [shape for shape in gathered if positions in shape]
 
 
 def test_the_vocabulary_stays_split_on_a_tensor_axis(found):
@@ -152,6 +153,9 @@ def main() -> None:
         bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         groups = sharding.batch_shares(mesh)
         packed = tree if name == "one" else batching.pack(tree, groups=groups, smallest_listed=1)
+        # tokens that are read, of those a row has
+        positions = prompt + packed.tokens_BxT.shape[1] + packed.branch_start_BxR.shape[1] * (chunk - 1)
+        listed_of = None if packed.read_UxJxW is None else (packed.read_UxJxW.shape[2], positions)
         trees = batching.to_devices(batching.micro_batches(packed, 1), mesh, axis=1)
         compiled = jitted.lower(state, *fixed, trees, None).compile()
         state, metrics = compiled(state, *fixed, trees, None)
@@ -163,10 +167,7 @@ def main() -> None:
         line = {
             "mesh": name,
             "devices": mesh.size,
-            # tokens that are read, of those a row has
-            "listed_of": None
-            if packed.read_UxJxW is None
-            else (packed.read_UxJxW.shape[2], prompt + packed.tokens_BxT.shape[1] + packed.branch_start_BxR.shape[1] * 2),
+            "listed_of": listed_of,
             "bytes_a_device": bytes_a_device,
             "metrics": {key: float(value) for key, value in batching.to_host(metrics).items()},
             # two fixed projections of each parameter's change

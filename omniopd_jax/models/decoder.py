@@ -21,8 +21,8 @@ from omniopd_jax.models.families import DecoderConfig
 from omniopd_jax.models.kernels import Kernel
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.layers import DECLARED, Layer, LayerTraits, RMSNorm
-from omniopd_jax.models.listing import ListedContext, listing
 from omniopd_jax.models.layout import Layout, by_key_head, by_sequence, gathered_layer
+from omniopd_jax.models.listing import ListedContext, listing
 from omniopd_jax.models.parameters import initial_params, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
@@ -163,8 +163,7 @@ def read(
       mask_BxS: bool, True on real tokens; padding may stand left, right or between.
       cache_length: columns of the cache to return (≥ S); None: no cache.
       remat: what the backward pass recomputes, see `train.remat`.
-      place_UxJxW: the tokens to read, as `models.listing.Listing` has them, with each all the tokens that it sees; None:
-        all of them.
+      place_UxJxW: the tokens to read, as `models.listing.listing` takes them, with each all that it sees; None: all.
 
     Returns:
       (hidden_BxSxD after the final norm in the compute dtype, KVCache with columns [0, S) filled, or None). Hidden

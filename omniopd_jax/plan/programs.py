@@ -183,7 +183,7 @@ def _optimizer(config: Config) -> tuple[Any, Any]:
 
 
 def _trees(shapes: Shapes, micro_batch: int) -> TokenTree:
-    """A batch of weights in micro-batches."""
+    """A batch of weights in micro-batches. Every token counts: lists of those that do make a program smaller."""
     config, mesh = shapes.config, shapes.mesh
     count = config.rollout.batch_size // micro_batch
     prompt, response, width = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.audit.chunk_tokens

@@ -7,6 +7,8 @@ stands in rows of one width; large batches say in addition which tokens of them 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -115,7 +117,7 @@ def pack(
 def _has_weight(tree: TokenTree) -> np.ndarray:
     """has_weight_BxT: whether a term wants the trunk's token."""
     weights = (tree.weight_BxT, tree.anchor_weight_BxT, tree.divergence_weight_BxT, tree.ratio_weight_BxT)
-    return np.any([weight != 0 for weight in weights if weight is not None], axis=0)
+    return np.asarray(np.any([weight != 0 for weight in weights if weight is not None], axis=0))
 
 
 def _listed(tree: TokenTree, groups: int, smallest: int) -> TokenTree:
@@ -129,7 +131,7 @@ def _listed(tree: TokenTree, groups: int, smallest: int) -> TokenTree:
     if read.size + scored.size > positions * 15 / 16:
         return tree
     tree = jax.tree.map(lambda array: array[order], tree)
-    return tree.replace(read_UxJxW=read, scored_UxJxW=scored)
+    return dataclasses.replace(tree, read_UxJxW=read, scored_UxJxW=scored)
 
 
 def _is_read(tree: TokenTree) -> np.ndarray:
@@ -160,7 +162,7 @@ def _balanced(count_B: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _places(counts_BxX: np.ndarray, groups: int) -> np.ndarray:
-    """place_UxJxW of `models.listing.listing`: where `counts` is True; all lists as long as the longest, to a bucket."""
+    """place_UxJxW of `models.listing.listing`, where `counts` is True; lists as long as the longest, to a bucket."""
     counts, rows = counts_BxX.reshape(groups, -1), len(counts_BxX) // groups
     width = -(-list_length(int(counts.sum(axis=1).max(initial=0))) // rows)
     place = np.full((groups, rows * width), counts.shape[1], np.int32)

@@ -108,7 +108,8 @@ def test_a_listed_tree_and_its_gradients_are_those_of_the_whole_tree(model):
             np.testing.assert_allclose(np.asarray(found)[is_listed], np.asarray(want)[is_listed], atol=2e-5, rtol=1e-5)
             assert not np.asarray(found)[~is_listed].any()
         scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale), ours, plain)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_sequences_without_branches_are_listed_too(model):

@@ -205,7 +205,8 @@ def test_listed_responses_without_branches_have_the_same_gradient(grads_of):
     tree = make_tree()
     tree = tree.replace(branch_weight_BxRxC=0 * tree.branch_weight_BxRxC)
     packed = batching.pack(tree, smallest_listed=1)
-    assert packed.read_UxJxW is not None and packed.branch_start_BxR.shape == (B, 0)
+    assert packed.read_UxJxW is not None
+    assert packed.branch_start_BxR.shape == (B, 0)
     assert_close(grads_of(packed)[0], grads_of(tree)[0], 1e-5)
 
 
