@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from omniopd_jax import gathering
 from omniopd_jax.data.prompts import bucket_width
 from omniopd_jax.train.sharding import batch_sharding
-from omniopd_jax.types import PyTree, TokenTree
+from omniopd_jax.types import Array, PyTree, TokenTree
 
 # A weight this small beside the largest is what rounding left of an exact 0 (a baseline that equals its reward).
 _DUST = 1e-6
@@ -114,10 +114,10 @@ def pack(
     return _listed(packed, groups, smallest_listed)
 
 
-def _has_weight(tree: TokenTree) -> np.ndarray:
+def _has_weight(tree: TokenTree) -> Array:
     """has_weight_BxT: whether a term wants the trunk's token."""
     weights = (tree.weight_BxT, tree.anchor_weight_BxT, tree.divergence_weight_BxT, tree.ratio_weight_BxT)
-    return np.asarray(np.any([weight != 0 for weight in weights if weight is not None], axis=0))
+    return np.any([weight != 0 for weight in weights if weight is not None], axis=0)
 
 
 def _listed(tree: TokenTree, groups: int, smallest: int) -> TokenTree:
