@@ -88,8 +88,8 @@ def _moved_forward(array_UxI: Array, to_UxO: Array, back_UxI: Array) -> tuple[Ar
 
 def _moved_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Any, Any]:
     to_UxO, back_UxI = saved
-    none = (np.zeros(places.shape, jax.dtypes.float0) for places in saved)
-    return _moved(gradient, back_UxI, to_UxO), *none
+    of_to, of_back = (np.zeros(places.shape, jax.dtypes.float0) for places in saved)
+    return _moved(gradient, back_UxI, to_UxO), of_to, of_back
 
 
 _moved.defvjp(_moved_forward, _moved_backward)
