@@ -7,6 +7,7 @@ Every array that crosses a function boundary carries its axes as a suffix, ``ent
     T  response tokens (right-padded) H  query heads           N  teacher continuations a chunk
     S  = P + T                        K  key/value heads       G  student branches a chunk
     L  layers                         E  head width            R  branches a response (all chunks)
+    U  groups of rows                 J  rows a group          W  listed tokens a row
 
 Booleans are called ``is_*`` or ``*_mask``. Token positions of a response are counted from its first
 token (0 .. T-1); the same token stands at column ``P + t`` of a packed sequence.
@@ -167,6 +168,10 @@ class TokenTree:
     old_logprob_BxT: Array | None = None  # float32, nats, under the student that sampled: the ratio's denominator
     power_BxT: Array | None = None  # float32 ≥ 0: a token also weighs π(token) to this power, without gradient
     branch_power_BxR: Array | None = None  # the same for a branch's tokens
+    # What of a tree counts, int32 places in lists (`models.listing.Listing`) that `train.batching.pack` fills in; None:
+    # all of it is computed. Both stand together or not at all, and the loss is the same with and without.
+    read_UxJxW: Array | None = None  # tokens to read, of P + T + R · (C − 1) a row: trunk, then branches less their end
+    scored_UxJxW: Array | None = None  # branch tokens with a weight, of R · C a row
 
 
 @struct.dataclass

@@ -60,6 +60,19 @@ def test_a_checkpoint_of_eight_devices_is_read_on_two_and_on_one(found):
     assert found["all"]["restored_on"] == {"1": True, "2": True}
 
 
+def test_listed_tokens_stay_with_their_rows(found):
+    """Each share of the batch has a list of its own: queries, keys and values find their rows without leaving it.
+
+    The one device that all are compared with computes without lists.
+    """
+    assert not found["one"]["listed_of"]
+    listed, positions = found["all"]["listed_of"]
+    assert listed < positions
+    gathered = found["all"]["gathered"]
+    assert [shape for shape in gathered if listed in shape], "embeddings are gathered, of what is listed"
+    assert not [shape for shape in gathered if positions in shape]
+
+
 def test_the_vocabulary_stays_split_on_a_tensor_axis(found):
     """Widths are gathered, the vocabulary is not: neither the head [D, V] nor the logits of a block [n, V]."""
     gathered = found["all"]["gathered"]
@@ -100,16 +113,18 @@ def main() -> None:
     )
     reference = model.replace(params=jax.tree.map(lambda leaf: leaf * 1.5, model.params))
     rows, prompt, width, slots, chunk = 8, 4, 12, 4, 3
+    mask = np.arange(width) < rng.integers(6, width + 1, (rows, 1))
+    has_branch = np.arange(slots) < np.array([4, 1, 4, 1, 3, 2, 4, 0])[:, None]
     tree = TokenTree(
         prompt_tokens_BxP=rng.integers(0, 64, (rows, prompt)).astype(np.int32),
         prompt_mask_BxP=np.arange(prompt) >= rng.integers(0, prompt, (rows, 1)),
         tokens_BxT=rng.integers(0, 64, (rows, width)).astype(np.int32),
-        mask_BxT=np.arange(width) < rng.integers(6, width + 1, (rows, 1)),
-        weight_BxT=rng.normal(0, 0.01, (rows, width)).astype(np.float32),
-        anchor_weight_BxT=np.full((rows, width), 0.01, np.float32),
+        mask_BxT=mask,
+        weight_BxT=np.where(mask, rng.normal(0, 0.01, (rows, width)), 0).astype(np.float32),
+        anchor_weight_BxT=np.where(mask, np.float32(0.01), np.float32(0)),
         branch_tokens_BxRxC=rng.integers(0, 64, (rows, slots, chunk)).astype(np.int32),
         branch_mask_BxRxC=np.ones((rows, slots, chunk), bool),
-        branch_weight_BxRxC=rng.normal(0, 0.01, (rows, slots, chunk)).astype(np.float32),
+        branch_weight_BxRxC=(rng.normal(0, 0.01, (rows, slots, chunk)) * has_branch[..., None]).astype(np.float32),
         branch_start_BxR=rng.integers(0, 5, (rows, slots)).astype(np.int32),
     )
     values = base.get_config()
@@ -135,7 +150,12 @@ def main() -> None:
             StepOptions(block_tokens=32),
         )
         bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-        trees = batching.to_devices(batching.micro_batches(tree, 1), mesh, axis=1)
+        groups = sharding.batch_shares(mesh)
+        packed = tree if name == "one" else batching.pack(tree, groups=groups, smallest_listed=1)
+        # tokens that are read, of those a row has
+        positions = prompt + packed.tokens_BxT.shape[1] + packed.branch_start_BxR.shape[1] * (chunk - 1)
+        listed_of = None if packed.read_UxJxW is None else (packed.read_UxJxW.shape[2], positions)
+        trees = batching.to_devices(batching.micro_batches(packed, 1), mesh, axis=1)
         compiled = jitted.lower(state, *fixed, trees, None).compile()
         state, metrics = compiled(state, *fixed, trees, None)
         change = jax.tree.map(
@@ -146,6 +166,7 @@ def main() -> None:
         line = {
             "mesh": name,
             "devices": mesh.size,
+            "listed_of": listed_of,
             "bytes_a_device": bytes_a_device,
             "metrics": {key: float(value) for key, value in batching.to_host(metrics).items()},
             # two fixed projections of each parameter's change

@@ -53,7 +53,7 @@ def update(spec: Spec) -> Work:
     holder: list[Any] = [state]
 
     def run() -> dict[str, Any]:
-        packed = batching.pack(tree)
+        packed = batching.pack(tree, groups=sharding.batch_shares(mesh))
         trees = batching.to_devices(batching.micro_batches(packed, 1), mesh, axis=1)
         holder[0], metrics = step(holder[0], trees)
         jax.block_until_ready((holder[0], metrics))
@@ -63,7 +63,9 @@ def update(spec: Spec) -> Work:
 
 
 def _positions(tree: TokenTree) -> int:
-    """Tokens that the step computes."""
+    """Tokens that the step reads."""
+    if tree.read_UxJxW is not None:
+        return tree.read_UxJxW.size
     return tree.prompt_tokens_BxP.size + tree.tokens_BxT.size + tree.branch_tokens_BxRxC.size
 
 

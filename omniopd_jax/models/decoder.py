@@ -24,6 +24,7 @@ from omniopd_jax.models.kernels import Kernel
 from omniopd_jax.models.kv_cache import BranchCache, KVCache
 from omniopd_jax.models.layers import DECLARED, TILES, Layer, LayerTraits, RMSNorm
 from omniopd_jax.models.layout import Layout, by_key_head, by_sequence, gathered_layer
+from omniopd_jax.models.listing import ListedContext, listing
 from omniopd_jax.models.parameters import initial_params, leaf, nest, parameter_table
 from omniopd_jax.models.rope import rotation
 from omniopd_jax.types import Array, PyTree
@@ -132,15 +133,30 @@ def positions(mask_BxS: Array) -> Array:
     return jnp.maximum(jnp.cumsum(mask_BxS.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def _apply(model: Model, tokens_BxN: Array, position_BxN: Array, context: Any, remat: Remat) -> tuple[Array, Any]:
+def _apply(
+    model: Model, tokens_BxN: Array, position_BxN: Array, context: Any, remat: Remat, place_UxJxW: Array | None = None
+) -> tuple[Array, Any]:
+    """With places: of the N tokens a row those that are listed, see `Listing`; hidden states of the others are 0."""
     variables = {"params": model.params}
     if model.adapters is not None:
         variables["lora"] = model.adapters
-    return cast(tuple[Array, Any], model.module.apply(variables, tokens_BxN, position_BxN, context, remat))
+    if place_UxJxW is None:
+        return cast(tuple[Array, Any], model.module.apply(variables, tokens_BxN, position_BxN, context, remat))
+    listed = listing(place_UxJxW, tokens_BxN.shape[1])
+    tokens_BxW, position_BxW = listed.in_list(tokens_BxN), listed.in_list(position_BxN)
+    context = ListedContext(context, listed)
+    hidden, kept = cast(tuple[Array, Any], model.module.apply(variables, tokens_BxW, position_BxW, context, remat))
+    return listed.in_rows(hidden), kept
 
 
 def read(
-    model: Model, tokens_BxS: Array, mask_BxS: Array, *, cache_length: int | None = None, remat: Remat = "none"
+    model: Model,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    *,
+    cache_length: int | None = None,
+    remat: Remat = "none",
+    place_UxJxW: Array | None = None,
 ) -> tuple[Array, KVCache | None]:
     """One causal pass over whole sequences.
 
@@ -149,6 +165,7 @@ def read(
       mask_BxS: bool, True on real tokens; padding may stand left, right or between.
       cache_length: columns of the cache to return (≥ S); None: no cache.
       remat: what the backward pass recomputes, see `train.remat`.
+      place_UxJxW: the tokens to read, as `models.listing.listing` takes them, with each all that it sees; None: all.
 
     Returns:
       (hidden_BxSxD after the final norm in the compute dtype, KVCache with columns [0, S) filled, or None). Hidden
@@ -161,7 +178,7 @@ def read(
     position_BxS = positions(mask_BxS)
     keys = Keys(mask_BxS, position_BxS, is_windowed(model.config))
     context = CausalContext(keys, cache_length is not None, model.module.kernel)
-    hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat)
+    hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat, place_UxJxW)
     if cache_length is None:
         return hidden, None
     k, v = kept  # stacked over layers
@@ -306,6 +323,7 @@ def read_tree(
     branch_start_BxR: Array,
     *,
     remat: Remat = "none",
+    place_UxJxW: Array | None = None,
 ) -> tuple[Array, Array]:
     """Trunks and their branches in one pass: what each branch would give as a sequence of its own.
 
@@ -314,6 +332,7 @@ def read_tree(
       branch_tokens_BxRxC, branch_mask_BxRxC: branches, right-padded; R may be 0.
       branch_start_BxR: int, a column of the trunk: the branch sees real columns [0, start) and its own earlier tokens.
         Its positions continue those of the trunk. Branches never see each other.
+      place_UxJxW: as for `read`; a row is its trunk and then its branches, one after the other: X = S + R·C positions.
 
     Returns:
       (hidden_BxSxD, branch_hidden_BxRxCxD), both after the final norm.
@@ -321,7 +340,7 @@ def read_tree(
     b, r, c = branch_tokens_BxRxC.shape
     s = tokens_BxS.shape[1]
     if r * c == 0:
-        hidden, _ = read(model, tokens_BxS, mask_BxS, remat=remat)
+        hidden, _ = read(model, tokens_BxS, mask_BxS, remat=remat, place_UxJxW=place_UxJxW)
         return hidden, jnp.zeros((b, r, c, hidden.shape[-1]), hidden.dtype)
     mask_BxS, branch_mask = mask_BxS.astype(bool), branch_mask_BxRxC.astype(bool)
     position = positions(mask_BxS)
@@ -330,7 +349,7 @@ def read_tree(
     context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR, model.module.kernel)
     tokens = jnp.concatenate([tokens_BxS, branch_tokens_BxRxC.reshape(b, r * c)], axis=1)
     all_positions = jnp.concatenate([position, branch_position.reshape(b, r * c)], axis=1)
-    hidden, _ = _apply(model, tokens, all_positions, context, remat)
+    hidden, _ = _apply(model, tokens, all_positions, context, remat, place_UxJxW)
     return hidden[:, :s], hidden[:, s:].reshape(b, r, c, -1)
 
 

@@ -1,10 +1,13 @@
 """The border between host and device: the only place that fetches arrays and the only one that builds global ones.
 
 It also packs what an update has to compute. Of a tree of weights only what counts goes to the devices: equal branches
-are merged, branches without weight dropped, and the trunk ends where nothing is weighted any more.
+are merged, branches without weight dropped, and the trunk ends where nothing is weighted any more. What is left still
+stands in rows of one width; large batches say in addition which tokens of them count.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -13,10 +16,13 @@ from jax.sharding import Mesh
 from omniopd_jax import gathering
 from omniopd_jax.data.prompts import bucket_width
 from omniopd_jax.train.sharding import batch_sharding
-from omniopd_jax.types import PyTree, TokenTree
+from omniopd_jax.types import Array, PyTree, TokenTree
 
 # A weight this small beside the largest is what rounding left of an exact 0 (a baseline that equals its reward).
 _DUST = 1e-6
+
+# Below so many positions a program's compilation costs more than lists of various lengths save.
+_SMALLEST_LISTED = 8192
 
 
 def to_host(tree: PyTree) -> PyTree:
@@ -40,7 +46,14 @@ def micro_batches(tree: TokenTree, count: int) -> TokenTree:
     return jax.tree.map(lambda array: array.reshape(count, array.shape[0] // count, *array.shape[1:]), tree)
 
 
-def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 8) -> TokenTree:
+def pack(
+    tree: TokenTree,
+    *,
+    groups: int = 1,
+    smallest_trunk: int = 16,
+    smallest_branches: int = 8,
+    smallest_listed: int = _SMALLEST_LISTED,
+) -> TokenTree:
     """The same loss and gradients from fewer tokens. Host arrays.
 
     - Equal branches (same response, start and tokens) become one whose weight is their sum.
@@ -49,12 +62,16 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
       row of one that needs none; its trunk is repeated there without weight. R' is the smallest bucket for which B
       rows are enough.
     - The trunk is cut, to a bucket, after the last token that is weighted or that a branch sees.
+    - Of a tree of at least `smallest_listed` positions the tokens that count are listed, where that leaves out 1/16.
 
     Row order means nothing afterwards: a tree is a sum.
+
+    Args:
+      tree: B rows.
+      groups: parts of B / groups rows that lie on a device of their own or are computed one after the other.
     """
     row_K, branches = _merged(tree)
-    weights = (tree.weight_BxT, tree.anchor_weight_BxT, tree.divergence_weight_BxT, tree.ratio_weight_BxT)
-    has_weight_BxT = np.any([weight != 0 for weight in weights if weight is not None], axis=0)
+    has_weight_BxT = _has_weight(tree)
     rows = len(tree.tokens_BxT)
     count_B = np.bincount(row_K, minlength=rows)
     width = _branch_slots(count_B, has_weight_BxT.any(axis=1), smallest_branches, tree.branch_start_BxR.shape[1])
@@ -77,7 +94,7 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
             packed[row, : len(numbers)] = values[numbers]
         return packed
 
-    return TokenTree(
+    packed = TokenTree(
         prompt_tokens_BxP=tree.prompt_tokens_BxP[source],
         prompt_mask_BxP=tree.prompt_mask_BxP[source],
         tokens_BxT=trunk(tree.tokens_BxT),
@@ -94,6 +111,71 @@ def pack(tree: TokenTree, *, smallest_trunk: int = 16, smallest_branches: int = 
         power_BxT=None if tree.power_BxT is None else trunk(tree.power_BxT),
         branch_power_BxR=None if tree.branch_power_BxR is None else branch(branches["power"]),
     )
+    return _listed(packed, groups, smallest_listed)
+
+
+def _has_weight(tree: TokenTree) -> Array:
+    """has_weight_BxT: whether a term wants the trunk's token."""
+    weights = (tree.weight_BxT, tree.anchor_weight_BxT, tree.divergence_weight_BxT, tree.ratio_weight_BxT)
+    return np.any([weight != 0 for weight in weights if weight is not None], axis=0)
+
+
+def _listed(tree: TokenTree, groups: int, smallest: int) -> TokenTree:
+    """The tree with its lists, where they are worth it; then rows change places, so that no list is much longer."""
+    is_read, is_scored = _is_read(tree), (tree.branch_weight_BxRxC != 0).reshape(len(tree.tokens_BxT), -1)
+    positions = is_read.size + is_scored.size
+    if positions < smallest:
+        return tree
+    order = _balanced(is_read.sum(axis=1) + is_scored.sum(axis=1), groups)
+    read, scored = _places(is_read[order], groups), _places(is_scored[order], groups)
+    if read.size + scored.size > positions * 15 / 16:
+        return tree
+    tree = jax.tree.map(lambda array: array[order], tree)
+    return dataclasses.replace(tree, read_UxJxW=read, scored_UxJxW=scored)
+
+
+def _is_read(tree: TokenTree) -> np.ndarray:
+    """is_read [B, P + T + R · (C − 1)]: whether anything that has a weight sees the token."""
+    rows, prompt_width = tree.prompt_tokens_BxP.shape
+    has_weight_BxT, has_weight_BxRxC = _has_weight(tree), tree.branch_weight_BxRxC != 0
+    has_branch_BxR = has_weight_BxRxC.any(axis=2)
+    # of the response: all tokens before the last one with a weight, and those that a branch sees
+    weighted = np.where(has_weight_BxT, np.arange(has_weight_BxT.shape[1]), -1).max(axis=1, initial=-1)
+    seen = np.where(has_branch_BxR, tree.branch_start_BxR, -1).max(axis=1, initial=-1)
+    end_B = np.maximum(weighted, seen)
+    mask_BxS = np.concatenate([tree.prompt_mask_BxP, tree.mask_BxT], axis=1)
+    trunk_BxS = mask_BxS & (np.arange(mask_BxS.shape[1]) < prompt_width + end_B[:, None]) & (end_B >= 0)[:, None]
+    # of a branch likewise
+    comes_BxRxC = np.flip(np.logical_or.accumulate(np.flip(has_weight_BxRxC, axis=2), axis=2), axis=2)[:, :, 1:]
+    branch_BxRxC = comes_BxRxC & tree.branch_mask_BxRxC[:, :, :-1]
+    return np.concatenate([trunk_BxS, branch_BxRxC.reshape(rows, -1)], axis=1)
+
+
+def _balanced(count_B: np.ndarray, groups: int) -> np.ndarray:
+    """Rows in an order in which groups of equally many follow each other whose counts are close: dealt to and fro."""
+    order = np.arange(len(count_B))
+    if groups > 1:
+        dealt = np.argsort(-count_B, kind="stable").reshape(-1, groups)
+        dealt[1::2] = dealt[1::2, ::-1]
+        order = np.sort(dealt.T, axis=1).reshape(-1)
+    return order
+
+
+def _places(counts_BxX: np.ndarray, groups: int) -> np.ndarray:
+    """place_UxJxW of `models.listing.listing`, where `counts` is True; lists as long as the longest, to a bucket."""
+    counts, rows = counts_BxX.reshape(groups, -1), len(counts_BxX) // groups
+    width = -(-list_length(int(counts.sum(axis=1).max(initial=0))) // rows)
+    place = np.full((groups, rows * width), counts.shape[1], np.int32)
+    for number, of_group in enumerate(counts):
+        listed = np.flatnonzero(of_group)
+        place[number, : len(listed)] = listed
+    return place.reshape(groups, rows, width)
+
+
+def list_length(count: int) -> int:
+    """The smallest bucket that holds `count`: sixteen shapes to compile for each doubling."""
+    step = 1 << max(0, count.bit_length() - 5)
+    return -(-count // step) * step
 
 
 def _merged(tree: TokenTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:

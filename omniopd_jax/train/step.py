@@ -18,6 +18,7 @@ from omniopd_jax.algo.entropy import token_logprob
 from omniopd_jax.algo.fused import fused_terms
 from omniopd_jax.algo.losses import TOKEN_FIELDS, k3_kl, token_loss, tree_loss
 from omniopd_jax.models import Model, decoder
+from omniopd_jax.models.listing import listing
 from omniopd_jax.train.optimizer import Optimizer
 from omniopd_jax.train.sharding import axes_shardings, batch_sharding, replicated, spread_tree, trainable_axes
 from omniopd_jax.types import Array, PyTree, TokenTree, TrainState
@@ -119,9 +120,10 @@ def tree_terms(
             tree.branch_mask_BxRxC[:, :, :-1],
             column_BxR,
             remat=options.remat,
+            place_UxJxW=tree.read_UxJxW,
         )
     else:
-        hidden_BxSxD, _ = decoder.read(model, tokens_BxS, mask_BxS, remat=options.remat)
+        hidden_BxSxD, _ = decoder.read(model, tokens_BxS, mask_BxS, remat=options.remat, place_UxJxW=tree.read_UxJxW)
         branch_hidden_BxRxCxD = jnp.zeros((rows, slots, 0, hidden_BxSxD.shape[-1]), hidden_BxSxD.dtype)
     unembed_DxV = decoder.unembedding(model)
     hidden_BxTxD = hidden_BxSxD[:, prompt_width - 1 : -1]  # column s predicts the token at s + 1
@@ -132,20 +134,8 @@ def tree_terms(
     if slots:
         first_BxRxD = jnp.take_along_axis(hidden_BxSxD, column_BxR[:, :, None] - 1, axis=1)
         hidden_BxRxCxD = jnp.concatenate([first_BxRxD[:, :, None], branch_hidden_BxRxCxD], axis=2)
-        weight_BxN = tree.branch_weight_BxRxC.reshape(rows, slots * width)
-        fields = {"weight_BxT": weight_BxN, "anchor_weight_BxT": jnp.zeros_like(weight_BxN)}
-        if tree.branch_power_BxR is not None:
-            fields["power_BxT"] = jnp.repeat(tree.branch_power_BxR, width, axis=1)
-        of_branches, branch_logprob_BxN, _ = fused_terms(
-            token_loss(options.clip),
-            hidden_BxRxCxD.reshape(rows, slots * width, -1),
-            unembed_DxV,
-            tree.branch_tokens_BxRxC.reshape(rows, slots * width),
-            fields,
-            **blocks,
-        )
+        of_branches, branch_logprob_BxRxC = _branch_terms(tree, hidden_BxRxCxD, unembed_DxV, options, blocks)
         carrier += of_branches
-        branch_logprob_BxRxC = branch_logprob_BxN.reshape(rows, slots, width)
     divergence_BxT = None
     if tree.divergence_weight_BxT is not None:
         assert teacher is not None
@@ -154,6 +144,28 @@ def tree_terms(
         logprob_BxT, branch_logprob_BxRxC, kl_BxT, tree, divergence_BxT=divergence_BxT, clip=options.clip
     )
     return loss + carrier, terms
+
+
+def _branch_terms(
+    tree: TokenTree, hidden_BxRxCxD: Array, unembed_DxV: Array, options: StepOptions, blocks: dict[str, Any]
+) -> tuple[Array, Array]:
+    """(carrier, logprob_BxRxC), see `fused_terms`; log-probabilities of tokens that the tree does not list are 0."""
+    rows, slots, width = tree.branch_tokens_BxRxC.shape
+    listed = None if tree.scored_UxJxW is None else listing(tree.scored_UxJxW, slots * width)
+
+    def flat(array_BxRxC: Array) -> Array:
+        array = array_BxRxC.reshape(rows, slots * width, *array_BxRxC.shape[3:])
+        return array if listed is None else listed.in_list(array)
+
+    weight = flat(tree.branch_weight_BxRxC)
+    fields = {"weight_BxT": weight, "anchor_weight_BxT": jnp.zeros_like(weight)}
+    if tree.branch_power_BxR is not None:
+        fields["power_BxT"] = flat(jnp.repeat(tree.branch_power_BxR[:, :, None], width, axis=2))
+    carrier, logprob, _ = fused_terms(
+        token_loss(options.clip), flat(hidden_BxRxCxD), unembed_DxV, flat(tree.branch_tokens_BxRxC), fields, **blocks
+    )
+    logprob = logprob if listed is None else listed.in_rows(logprob)
+    return carrier, logprob.reshape(rows, slots, width)
 
 
 def _trunk_terms(

@@ -32,7 +32,8 @@ class Update:
     def add(self, tree: TokenTree) -> None:
         """The weights of some rows. Their gradients are under way when this returns."""
         with self._clock.phase("update"):
-            self.packed.append(batching.pack(tree))
+            shares = sharding.batch_shares(self._experiment.mesh)
+            self.packed.append(batching.pack(tree, groups=self._count(tree) * shares))
             if self._parts > 1:
                 experiment, trees = self._experiment, self._on_devices(self.packed[-1])
                 with jax.transfer_guard("disallow"):
@@ -53,7 +54,11 @@ class Update:
                     experiment.state, metrics = experiment.step.apply(experiment.state, self._sums)
             return {name: float(value) + 0.0 for name, value in batching.to_host(metrics).items()}
 
+    def _count(self, tree: TokenTree) -> int:
+        """Micro-batches of these rows."""
+        shares = sharding.batch_shares(self._experiment.mesh)
+        return len(tree.tokens_BxT) // micro_batch(self._experiment.config, shares)
+
     def _on_devices(self, packed: TokenTree) -> TokenTree:
-        mesh = self._experiment.mesh
-        count = len(packed.tokens_BxT) // micro_batch(self._experiment.config, sharding.batch_shares(mesh))
-        return batching.to_devices(batching.micro_batches(packed, count), mesh, axis=1)
+        trees = batching.micro_batches(packed, self._count(packed))
+        return batching.to_devices(trees, self._experiment.mesh, axis=1)

@@ -143,3 +143,85 @@ def test_what_only_some_arms_have_is_packed_with_the_rest():
     # equal branches are one, but not across powers
     np.testing.assert_array_equal(packed.branch_weight_BxRxC, np.full((rows, 2, 2), 4.0))
     np.testing.assert_array_equal(np.sort(packed.branch_power_BxR), [[0, 0.5]] * rows)
+
+
+def ragged_tree(seed: int, *, has_trunk_weight: bool = False, chunk: int = C) -> TokenTree:
+    """`random_tree` with prompts of various lengths and holes in the branches' weights."""
+    rng = np.random.default_rng(seed)
+    tree = jax.tree.map(np.array, random_tree(seed, has_trunk_weight=has_trunk_weight))
+    tree.prompt_mask_BxP[:] = np.arange(P) >= rng.integers(0, P, (B, 1))
+    tree.branch_weight_BxRxC[rng.random((B, R, C)) < 0.3] = 0
+    names = ("branch_tokens_BxRxC", "branch_mask_BxRxC", "branch_weight_BxRxC")
+    return tree.replace(**{name: getattr(tree, name)[:, :, :chunk] for name in names})
+
+
+def counting(tree: TokenTree, b: int) -> tuple[set[int], set[int]]:
+    """(positions read, positions scored) of a row: a token is read if one with a weight comes after it, on the trunk
+    or on a branch that leaves the trunk after it."""
+    read, scored = set(), set()
+    trunk = list(range(P + tree.tokens_BxT.shape[1]))
+    is_real = np.concatenate([tree.prompt_mask_BxP[b], tree.mask_BxT[b]])
+    for t in range(tree.tokens_BxT.shape[1]):
+        if tree.weight_BxT[b, t] or tree.anchor_weight_BxT[b, t]:
+            read |= {s for s in trunk if s < P + t and is_real[s]}
+    slots, chunk = tree.branch_tokens_BxRxC.shape[1:]
+    for r in range(slots):
+        for c in range(chunk):
+            if tree.branch_weight_BxRxC[b, r, c]:
+                scored.add(r * chunk + c)
+                read |= {s for s in trunk if s < P + tree.branch_start_BxR[b, r] and is_real[s]}
+                own = {before for before in range(c) if tree.branch_mask_BxRxC[b, r, before]}
+                read |= {len(trunk) + r * (chunk - 1) + before for before in own}
+    return read, scored
+
+
+@pytest.mark.parametrize("chunk", [C, 1])
+@pytest.mark.parametrize("has_trunk_weight", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_lists_hold_each_token_that_something_with_a_weight_sees(groups, has_trunk_weight, chunk):
+    tree = ragged_tree(4, has_trunk_weight=has_trunk_weight, chunk=chunk)
+    packed = batching.pack(tree, groups=groups, smallest_branches=2, smallest_listed=1)
+    before, after = contents(tree), contents(packed)
+    assert before.keys() == after.keys()
+    slots = packed.branch_start_BxR.shape[1]
+    widths = (P + packed.tokens_BxT.shape[1] + slots * (chunk - 1), slots * chunk)
+    rows = B // groups
+    for place, width, which in zip((packed.read_UxJxW, packed.scored_UxJxW), widths, (0, 1), strict=True):
+        assert place.shape[:2] == (groups, rows)
+        lengths = []
+        for u in range(groups):
+            listed = place[u].ravel()
+            want = [j * width + x for j in range(rows) for x in sorted(counting(packed, u * rows + j)[which])]
+            np.testing.assert_array_equal(listed[: len(want)], want)
+            assert (listed[len(want) :] == rows * width).all()
+            lengths.append(len(want))
+        assert place[0].size < max(lengths) * 17 / 16 + rows
+    assert packed.read_UxJxW.size + packed.scored_UxJxW.size <= 15 / 16 * B * sum(widths)
+
+
+def test_small_trees_and_full_ones_have_no_lists():
+    tree = ragged_tree(4)
+    assert batching.pack(tree).read_UxJxW is None
+    full = jax.tree.map(np.array, random_tree(0, has_trunk_weight=False))
+    full.prompt_mask_BxP[:] = full.mask_BxT[:] = full.branch_mask_BxRxC[:] = True
+    full.weight_BxT[:] = full.branch_weight_BxRxC[:] = 1
+    full.branch_tokens_BxRxC[:] = np.arange(R)[:, None]
+    assert batching.pack(full, smallest_listed=1).read_UxJxW is None
+
+
+def test_groups_get_rows_whose_lists_are_about_as_long():
+    tree = jax.tree.map(np.array, random_tree(0, has_trunk_weight=False))
+    tree.mask_BxT[:] = True
+    tree.branch_weight_BxRxC[:] = 0
+    end_B = np.array([37, 35, 30, 5, 3, 1])
+    tree.anchor_weight_BxT[:] = np.arange(T) == end_B[:, None]
+    packed = batching.pack(tree, groups=2, smallest_listed=1)
+    found = sorted(tuple(sorted(np.argmax(part, axis=1))) for part in packed.anchor_weight_BxT.reshape(2, 3, -1))
+    assert found == [(1, 30, 35), (3, 5, 37)], "not 37 + 35 + 30 and 5 + 3 + 1"
+
+
+def test_lengths_of_lists_are_few_and_close():
+    lengths = [batching.list_length(count) for count in range(5000)]
+    assert all(length >= wanted for wanted, length in enumerate(lengths))
+    assert max(length - wanted * 17 / 16 for wanted, length in enumerate(lengths)) <= 0
+    assert len({length for length in lengths if 512 <= length < 1024}) == 16

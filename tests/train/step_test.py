@@ -165,6 +165,51 @@ def test_merged_and_packed_branches_give_the_same_gradient(grads_of):
     assert_close(grads_of(packed)[0], grads_of(twice)[0], 1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_listed_tree_has_the_same_terms_and_gradient(model, reference, grads_of, groups):
+    """As the rows have it, and as every branch and response by itself has it; two micro-batches, each with its list."""
+    tree = make_tree()
+    packed = batching.pack(tree, groups=groups, smallest_branches=1, smallest_listed=1)
+    assert packed.read_UxJxW.shape[:2] == packed.scored_UxJxW.shape[:2] == (groups, B // groups)
+    grads, terms = grads_of(packed, groups)
+    trunk, branch, anchor = naive_terms(model, reference, tree)
+    np.testing.assert_allclose(terms["loss/trunk"], trunk, rtol=1e-5)
+    np.testing.assert_allclose(terms["loss/branch"], branch, rtol=1e-5)
+    np.testing.assert_allclose(terms["loss/anchor"], anchor, rtol=1e-5)
+    assert_close(grads, grads_of(tree)[0], 1e-5)
+
+
+@pytest.mark.parametrize("width", [C, 1])
+def test_a_listed_tree_of_branches_alone_has_the_same_gradient(grads_of, width):
+    """Nothing on the trunk, tokens without weight in the branches, rows without branches; of one token a power of π."""
+    tree = make_tree()
+    rng = np.random.default_rng(2)
+    weight = tree.branch_weight_BxRxC * (rng.random((B, R, C)) < 0.7)
+    weight[1] = 0
+    tree = tree.replace(
+        weight_BxT=0 * tree.weight_BxT,
+        anchor_weight_BxT=0 * tree.anchor_weight_BxT,
+        branch_tokens_BxRxC=tree.branch_tokens_BxRxC[:, :, :width],
+        branch_mask_BxRxC=tree.branch_mask_BxRxC[:, :, :width],
+        branch_weight_BxRxC=weight[:, :, :width],
+        branch_power_BxR=rng.random((B, R)).astype(np.float32) if width == 1 else None,
+    )
+    packed = batching.pack(tree, smallest_branches=1, smallest_listed=1)
+    assert packed.read_UxJxW is not None
+    (grads, terms), (want, want_terms) = grads_of(packed), grads_of(tree)
+    np.testing.assert_allclose(terms["loss/branch"], want_terms["loss/branch"], rtol=1e-5)
+    assert_close(grads, want, 1e-5)
+
+
+def test_listed_responses_without_branches_have_the_same_gradient(grads_of):
+    tree = make_tree()
+    tree = tree.replace(branch_weight_BxRxC=0 * tree.branch_weight_BxRxC)
+    packed = batching.pack(tree, smallest_listed=1)
+    assert packed.read_UxJxW is not None
+    assert packed.branch_start_BxR.shape == (B, 0)
+    assert_close(grads_of(packed)[0], grads_of(tree)[0], 1e-5)
+
+
 def test_unaudited_tokens_get_their_gradient_from_the_anchor_alone(grads_of):
     """Nothing reads a response's last token, so its name matters only where a weight lies on it."""
     tree = make_tree()
