@@ -165,6 +165,7 @@ class TrainConfig:
     micro_batch_size: int
     remat: str
     block_tokens: int
+    list_tokens_from: int
     checkpoint_every: int
     checkpoint_keep: int
     checkpoint_keep_every: int
@@ -421,6 +422,7 @@ _NOT_NEGATIVE = (
     "train.max_teacher_tokens",
     "train.seed",
     "train.micro_batch_size",
+    "train.list_tokens_from",
     "train.checkpoint_every",
     "train.checkpoint_keep_every",
     "pipeline.rollouts",

@@ -151,7 +151,7 @@ def main() -> None:
         )
         bytes_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         groups = sharding.batch_shares(mesh)
-        packed = tree if name == "one" else batching.pack(tree, groups=groups, smallest_listed=1)
+        packed = tree if name == "one" else batching.pack(tree, groups=groups, list_from=1)
         # tokens that are read, of those a row has
         positions = prompt + packed.tokens_BxT.shape[1] + packed.branch_start_BxR.shape[1] * (chunk - 1)
         listed_of = None if packed.read_UxJxW is None else (packed.read_UxJxW.shape[2], positions)

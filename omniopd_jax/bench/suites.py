@@ -155,7 +155,7 @@ def update(options: Options) -> Iterator[Contest]:
             batch=batch, prompt_tokens=_size(options.prompt_tokens, 1), new_tokens=_size(options.new_tokens, 127)
         )
         # B would be faster with more memory (docs/benchmarks.md)
-        settings = dict(remat="full", block_tokens=256) if model == "B" else {}
+        settings = dict(block_tokens=128) if model == "B" else {}
         spec = _spec(options, model, "update", **shape, kind="verify", **_update_settings(options) | settings)
         width = shape["prompt_tokens"] + shape["new_tokens"]
         yield Contest(

@@ -53,7 +53,7 @@ def update(spec: Spec) -> Work:
     holder: list[Any] = [state]
 
     def run() -> dict[str, Any]:
-        packed = batching.pack(tree, groups=sharding.batch_shares(mesh))
+        packed = batching.pack(tree, groups=sharding.batch_shares(mesh), list_from=config.train.list_tokens_from)
         trees = batching.to_devices(batching.micro_batches(packed, 1), mesh, axis=1)
         holder[0], metrics = step(holder[0], trees)
         jax.block_until_ready((holder[0], metrics))

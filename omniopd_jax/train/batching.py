@@ -21,9 +21,6 @@ from omniopd_jax.types import Array, PyTree, TokenTree
 # A weight this small beside the largest is what rounding left of an exact 0 (a baseline that equals its reward).
 _DUST = 1e-6
 
-# Below so many positions a program's compilation costs more than lists of various lengths save.
-_SMALLEST_LISTED = 8192
-
 
 def to_host(tree: PyTree) -> PyTree:
     """Every array of a tree as numpy, whole on every process; waits for the devices (and for the other processes)."""
@@ -52,7 +49,7 @@ def pack(
     groups: int = 1,
     smallest_trunk: int = 16,
     smallest_branches: int = 8,
-    smallest_listed: int = _SMALLEST_LISTED,
+    list_from: int = 0,
 ) -> TokenTree:
     """The same loss and gradients from fewer tokens. Host arrays.
 
@@ -62,13 +59,15 @@ def pack(
       row of one that needs none; its trunk is repeated there without weight. R' is the smallest bucket for which B
       rows are enough.
     - The trunk is cut, to a bucket, after the last token that is weighted or that a branch sees.
-    - Of a tree of at least `smallest_listed` positions the tokens that count are listed, where that leaves out 1/16.
+    - Of a tree of at least `list_from` positions the tokens that count are listed, where that leaves out 1/16.
 
     Row order means nothing afterwards: a tree is a sum.
 
     Args:
       tree: B rows.
       groups: parts of B / groups rows that lie on a device of their own or are computed one after the other.
+      smallest_trunk, smallest_branches: the smallest buckets of T' and R'.
+      list_from: see `train.list_tokens_from`; 0: no lists.
     """
     row_K, branches = _merged(tree)
     has_weight_BxT = _has_weight(tree)
@@ -111,7 +110,7 @@ def pack(
         power_BxT=None if tree.power_BxT is None else trunk(tree.power_BxT),
         branch_power_BxR=None if tree.branch_power_BxR is None else branch(branches["power"]),
     )
-    return _listed(packed, groups, smallest_listed)
+    return _listed(packed, groups, list_from)
 
 
 def _has_weight(tree: TokenTree) -> Array:
@@ -120,11 +119,11 @@ def _has_weight(tree: TokenTree) -> Array:
     return np.any([weight != 0 for weight in weights if weight is not None], axis=0)
 
 
-def _listed(tree: TokenTree, groups: int, smallest: int) -> TokenTree:
+def _listed(tree: TokenTree, groups: int, list_from: int) -> TokenTree:
     """The tree with its lists, where they are worth it; then rows change places, so that no list is much longer."""
     is_read, is_scored = _is_read(tree), (tree.branch_weight_BxRxC != 0).reshape(len(tree.tokens_BxT), -1)
     positions = is_read.size + is_scored.size
-    if positions < smallest:
+    if not 0 < list_from <= positions:
         return tree
     order = _balanced(is_read.sum(axis=1) + is_scored.sum(axis=1), groups)
     read, scored = _places(is_read[order], groups), _places(is_scored[order], groups)

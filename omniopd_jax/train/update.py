@@ -32,8 +32,9 @@ class Update:
     def add(self, tree: TokenTree) -> None:
         """The weights of some rows. Their gradients are under way when this returns."""
         with self._clock.phase("update"):
-            shares = sharding.batch_shares(self._experiment.mesh)
-            self.packed.append(batching.pack(tree, groups=self._count(tree) * shares))
+            groups = self._count(tree) * sharding.batch_shares(self._experiment.mesh)
+            list_from = self._experiment.config.train.list_tokens_from
+            self.packed.append(batching.pack(tree, groups=groups, list_from=list_from))
             if self._parts > 1:
                 experiment, trees = self._experiment, self._on_devices(self.packed[-1])
                 with jax.transfer_guard("disallow"):

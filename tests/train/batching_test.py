@@ -180,7 +180,7 @@ def counting(tree: TokenTree, b: int) -> tuple[set[int], set[int]]:
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_lists_hold_each_token_that_something_with_a_weight_sees(groups, has_trunk_weight, chunk):
     tree = ragged_tree(4, has_trunk_weight=has_trunk_weight, chunk=chunk)
-    packed = batching.pack(tree, groups=groups, smallest_branches=2, smallest_listed=1)
+    packed = batching.pack(tree, groups=groups, smallest_branches=2, list_from=1)
     before, after = contents(tree), contents(packed)
     assert before.keys() == after.keys()
     slots = packed.branch_start_BxR.shape[1]
@@ -202,11 +202,12 @@ def test_lists_hold_each_token_that_something_with_a_weight_sees(groups, has_tru
 def test_small_trees_and_full_ones_have_no_lists():
     tree = ragged_tree(4)
     assert batching.pack(tree).read_UxJxW is None
+    assert batching.pack(tree, list_from=10**4).read_UxJxW is None
     full = jax.tree.map(np.array, random_tree(0, has_trunk_weight=False))
     full.prompt_mask_BxP[:] = full.mask_BxT[:] = full.branch_mask_BxRxC[:] = True
     full.weight_BxT[:] = full.branch_weight_BxRxC[:] = 1
     full.branch_tokens_BxRxC[:] = np.arange(R)[:, None]
-    assert batching.pack(full, smallest_listed=1).read_UxJxW is None
+    assert batching.pack(full, list_from=1).read_UxJxW is None
 
 
 def test_groups_get_rows_whose_lists_are_about_as_long():
@@ -215,7 +216,7 @@ def test_groups_get_rows_whose_lists_are_about_as_long():
     tree.branch_weight_BxRxC[:] = 0
     end_B = np.array([37, 35, 30, 5, 3, 1])
     tree.anchor_weight_BxT[:] = np.arange(T) == end_B[:, None]
-    packed = batching.pack(tree, groups=2, smallest_listed=1)
+    packed = batching.pack(tree, groups=2, list_from=1)
     found = sorted(tuple(sorted(np.argmax(part, axis=1))) for part in packed.anchor_weight_BxT.reshape(2, 3, -1))
     assert found == [(1, 30, 35), (3, 5, 37)], "not 37 + 35 + 30 and 5 + 3 + 1"
 

@@ -15,7 +15,7 @@ from omniopd_jax import models
 from omniopd_jax.config import ConfigError
 from omniopd_jax.teacher.protocol import BudgetExhausted, Continuation
 from omniopd_jax.teacher.scripted import ScriptedTeacher, scripted_teacher
-from omniopd_jax.train import loop, observation
+from omniopd_jax.train import batching, loop, observation
 from omniopd_jax.train.evaluation import EvaluationStopped
 from omniopd_jax.train.experiment import Experiment
 from omniopd_jax.train.metrics import meaning
@@ -139,6 +139,16 @@ def test_nothing_compiles_after_the_first_step(whole):
     assert [second, third, *later] == [0, 0, 0, 0]
     assert fourth <= 1, (
         "the checkpoint of step 3 takes its fingerprint within step 4's count, in this process or before"
+    )
+
+
+def test_a_run_whose_updates_are_lists_learns_the_same(whole, distil, tmp_path, monkeypatch):
+    packed, pack = [], batching.pack
+    monkeypatch.setattr(batching, "pack", lambda *args, **options: packed.append(pack(*args, **options)) or packed[-1])
+    result = distil(tmp_path, **{"train.list_tokens_from": 1})
+    assert any(tree.read_UxJxW is not None for tree in packed)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), result.model.params, whole[1].model.params
     )
 
 

@@ -169,7 +169,7 @@ def test_merged_and_packed_branches_give_the_same_gradient(grads_of):
 def test_a_listed_tree_has_the_same_terms_and_gradient(model, reference, grads_of, groups):
     """As the rows have it, and as every branch and response by itself has it; two micro-batches, each with its list."""
     tree = make_tree()
-    packed = batching.pack(tree, groups=groups, smallest_branches=1, smallest_listed=1)
+    packed = batching.pack(tree, groups=groups, smallest_branches=1, list_from=1)
     assert packed.read_UxJxW.shape[:2] == packed.scored_UxJxW.shape[:2] == (groups, B // groups)
     grads, terms = grads_of(packed, groups)
     trunk, branch, anchor = naive_terms(model, reference, tree)
@@ -194,7 +194,7 @@ def test_a_listed_tree_of_branches_alone_has_the_same_gradient(grads_of, width):
         branch_weight_BxRxC=weight[:, :, :width],
         branch_power_BxR=rng.random((B, R)).astype(np.float32) if width == 1 else None,
     )
-    packed = batching.pack(tree, smallest_branches=1, smallest_listed=1)
+    packed = batching.pack(tree, smallest_branches=1, list_from=1)
     assert packed.read_UxJxW is not None
     (grads, terms), (want, want_terms) = grads_of(packed), grads_of(tree)
     np.testing.assert_allclose(terms["loss/branch"], want_terms["loss/branch"], rtol=1e-5)
@@ -204,7 +204,7 @@ def test_a_listed_tree_of_branches_alone_has_the_same_gradient(grads_of, width):
 def test_listed_responses_without_branches_have_the_same_gradient(grads_of):
     tree = make_tree()
     tree = tree.replace(branch_weight_BxRxC=0 * tree.branch_weight_BxRxC)
-    packed = batching.pack(tree, smallest_listed=1)
+    packed = batching.pack(tree, list_from=1)
     assert packed.read_UxJxW is not None
     assert packed.branch_start_BxR.shape == (B, 0)
     assert_close(grads_of(packed)[0], grads_of(tree)[0], 1e-5)
