@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows
         return False
-    return all([set_option(_ARENA_MAX, 1), set_option(_MMAP_MAX, 0), set_option(_TRIM_THRESHOLD, 2**31 - 1)])
+    return all([set_option(_ARENA_MAX, 1), set_option(_MMAP_MAX, 0), set_option(_TRIM_THRESHOLD, -1)])  # -1: never
 
 
 def _is_cpu_alone() -> bool:

@@ -10,7 +10,7 @@ import pytest
 from omniopd_jax import heap
 
 ROOT = Path(__file__).resolve().parents[1]
-# A program with 64 MiB of temporaries, run again and again by jax's own threads: page faults of the run with fewest (one
+# A program with 64 MiB of temporaries, run again and again by threads of jax: page faults of the run with fewest (one
 # may begin before the last one's memory is free).
 FAULTS = """
 import resource, sys

@@ -119,7 +119,8 @@ def _forward(
         (hidden, targets, ref_hidden, *leaves),
         block_tokens=block_tokens,
     )
-    # of one block alone a compiler would ask for the transpose, where the head is tied: a slower product on a CPU
+    # Of one block alone a compiler would ask for the transpose, where the head is tied: a slower product on a CPU.
+    # Elsewhere this costs a pass over the head's gradient, where there is one block.
     unembed_gradient = jax.lax.optimization_barrier(unembed_gradient)
     return (jnp.zeros((), jnp.float32), logprob, kl), (hidden_gradient, unembed_gradient.astype(unembed.dtype))
 

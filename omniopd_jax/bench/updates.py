@@ -66,7 +66,7 @@ def _positions(tree: TokenTree) -> int:
     """Tokens that the step reads."""
     if tree.read_UxJxW is not None:
         return tree.read_UxJxW.size
-    return tree.prompt_tokens_BxP.size + tree.tokens_BxT.size + tree.branch_tokens_BxRxC.size
+    return tree.prompt_tokens_BxP.size + tree.tokens_BxT.size + tree.branch_tokens_BxRxC[:, :, 1:].size
 
 
 def _weighted(tree: TokenTree) -> int:

@@ -182,7 +182,7 @@ def part_sums(shapes: Shapes) -> tuple[PyTree, PyTree]:
 
 
 def _trees(shapes: Shapes, micro_batch: int) -> TokenTree:
-    """A batch of weights in micro-batches. Every token counts: lists of those that do make a program smaller."""
+    """A batch of weights in micro-batches. Every token counts: the lists of large updates are left out."""
     config, mesh = shapes.config, shapes.mesh
     count = config.rollout.batch_size // micro_batch
     prompt, response, width = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.audit.chunk_tokens

@@ -102,9 +102,6 @@ def sample_branches(
         banned_tokens=tuple(banned_tokens),
     )
     rule.check(model.config.vocab_size)
-    rows = start_BxM.size * num_branches
-    if rows <= decoding.FEW_ROWS:  # for a hundred branches nothing is gained (docs/benchmarks.md)
-        model = decoding.stepper(model, rows)
     return _sample_branches(
         model, trunk, start_BxM, is_valid_BxM, keys_B,
         prompt_width=prompt_width, num_branches=num_branches, length=length, rule=rule,

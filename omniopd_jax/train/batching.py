@@ -121,12 +121,14 @@ def _has_weight(tree: TokenTree) -> Array:
 
 def _listed(tree: TokenTree, groups: int, list_from: int) -> TokenTree:
     """The tree with its lists, where they are worth it; then rows change places, so that no list is much longer."""
-    is_read, is_scored = _is_read(tree), (tree.branch_weight_BxRxC != 0).reshape(len(tree.tokens_BxT), -1)
-    positions = is_read.size + is_scored.size
+    trunks = tree.prompt_tokens_BxP.size + tree.tokens_BxT.size
+    positions = trunks + tree.branch_tokens_BxRxC[:, :, 1:].size + tree.branch_tokens_BxRxC.size
     if not 0 < list_from <= positions:
         return tree
+    is_read, is_scored = _is_read(tree), (tree.branch_weight_BxRxC != 0).reshape(len(tree.tokens_BxT), -1)
     order = _balanced(is_read.sum(axis=1) + is_scored.sum(axis=1), groups)
-    read, scored = _places(is_read[order], groups), _places(is_scored[order], groups)
+    # every pair of lengths is a program, so the second has fewer
+    read, scored = _places(is_read[order], groups, lengths=16), _places(is_scored[order], groups, lengths=8)
     if read.size + scored.size > positions * 15 / 16:
         return tree
     tree = jax.tree.map(lambda array: array[order], tree)
@@ -160,10 +162,10 @@ def _balanced(count_B: np.ndarray, groups: int) -> np.ndarray:
     return order
 
 
-def _places(counts_BxX: np.ndarray, groups: int) -> np.ndarray:
+def _places(counts_BxX: np.ndarray, groups: int, *, lengths: int) -> np.ndarray:
     """place_UxJxW of `models.listing.listing`, where `counts` is True; lists as long as the longest, to a bucket."""
     counts, rows = counts_BxX.reshape(groups, -1), len(counts_BxX) // groups
-    width = -(-list_length(int(counts.sum(axis=1).max(initial=0))) // rows)
+    width = -(-list_length(int(counts.sum(axis=1).max(initial=0)), lengths) // rows)
     place = np.full((groups, rows * width), counts.shape[1], np.int32)
     for number, of_group in enumerate(counts):
         listed = np.flatnonzero(of_group)
@@ -171,9 +173,9 @@ def _places(counts_BxX: np.ndarray, groups: int) -> np.ndarray:
     return place.reshape(groups, rows, width)
 
 
-def list_length(count: int) -> int:
-    """The smallest bucket that holds `count`: sixteen shapes to compile for each doubling."""
-    step = 1 << max(0, count.bit_length() - 5)
+def list_length(count: int, lengths: int) -> int:
+    """The smallest bucket that holds `count`: so many of them, a power of two, for each doubling."""
+    step = 1 << max(0, count.bit_length() - lengths.bit_length())
     return -(-count // step) * step
 
 

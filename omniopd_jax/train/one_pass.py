@@ -63,8 +63,9 @@ def _block_by_block(
             return jax.lax.dynamic_slice_in_dim(leaf, start, width) if leaf.ndim else leaf
 
         def put(new: Array, old: Array, leaf: Array) -> Array:
-            # What is no number is not written. The question makes the writes wait for the change, which has read all
-            # that they overwrite: else the compiler copies the whole leaf, block after block.
+            # For the compiler's sake: the question makes the writes wait for the change, which has read all that they
+            # overwrite. Else it copies the whole leaf, block after block. The answer is yes only where a state is
+            # broken while its gradient is finite; then these numbers stay as they are.
             new = jnp.where(jnp.isnan(squares), old, new)
             return jax.lax.dynamic_update_slice_in_dim(leaf, new, start, axis=0) if leaf.ndim else leaf
 

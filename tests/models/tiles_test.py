@@ -65,7 +65,9 @@ def test_every_linear_map_of_every_family_is_laid_out(case):
         assert all(isinstance(owner[TILES], tiles.Tiles) and "kernel" not in owner for owner in owners)
 
 
-@pytest.mark.parametrize(("name", "has_few_rows"), [("Gemma 3 (text)", True), ("Qwen3-MoE", False)])
+@pytest.mark.parametrize(
+    ("name", "has_few_rows"), [("Gemma 3 (text)", True), ("Qwen3-MoE", False), ("Qwen3-MoE", True)]
+)
 def test_a_model_laid_out_decodes_as_it_reads(name, has_few_rows):
     model = models.add_adapters(parity.tiny_model(name), jax.random.key(3), rank=2, alpha=4.0)
     model = model.replace(adapters=jax.tree.map(lambda leaf: leaf + 0.05, model.adapters))
