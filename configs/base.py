@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
                 micro_batch_size=0,  # responses a gradient accumulation step; 0: the whole batch
                 remat="none",  # none | full | dots: rematerialisation of the decoder's layers
                 block_tokens=512,  # tokens a block of the vocabulary scan, on each share of the batch (data × fsdp)
-                list_tokens_from=8192,  # batches (parts) of so many positions are read as lists of what counts; 0: never
+                list_tokens_from=8192,  # a batch (part) of so many positions is read as a list of what counts; 0: never
                 checkpoint_every=20,  # steps; 0: only at the end
                 checkpoint_keep=2,  # the newest so many stay
                 checkpoint_keep_every=0,  # those of every so many steps stay as well; 0: none
