@@ -24,7 +24,7 @@ def update(spec: Spec) -> Work:
 
     `kind`: "verify" puts a weight on every response token; "branch" on `chunks` × `branches` continuations a response,
     drawn so that a share of them are equal, as short continuations of a trained student are. `has_anchor`: the KL
-    anchor on every response token. `remat`, `block_tokens`: as in `train` of a config.
+    anchor on every response token. `remat`: as in `train` of a config.
     """
     counter = CompileCounter()
     config = from_mapping(spec["config"])
@@ -45,7 +45,7 @@ def update(spec: Spec) -> Work:
             has_trunk=spec["kind"] == "verify",
             has_anchor=spec["has_anchor"],
             remat=spec["remat"],
-            block_tokens=spec["block_tokens"] * sharding.batch_shares(mesh),
+            block_tokens=sharding.block_tokens(config, mesh),
         ),
     ).whole
     state = init_state(model, optimizer, shardings)

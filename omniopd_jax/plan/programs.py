@@ -32,7 +32,7 @@ from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.train import sharding
 from omniopd_jax.train.experiment import step_options
-from omniopd_jax.train.optimizer import make_optimizer
+from omniopd_jax.train.optimizer import Optimizer, make_optimizer
 from omniopd_jax.train.pipeline import parts_learnt
 from omniopd_jax.train.score import make_student
 from omniopd_jax.train.step import (
@@ -123,7 +123,7 @@ def run_shapes(config: Config, decoder: DecoderConfig, mesh: Mesh, compute_dtype
                 params,
             )
             reference = dataclasses.replace(reference, params=kept)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = _optimizer(config)
     shardings = state_shardings(mesh, student, optimizer)
     trained = trainable(student)
     state = TrainState(
@@ -142,9 +142,7 @@ def a_part(shapes: Shapes, parts: int) -> Shapes:
 def lower_step(shapes: Shapes, micro_batch: int) -> jax.stages.Lowered:
     """The training step over a whole batch in micro-batches of so many responses."""
     config, mesh, fixed = shapes.config, shapes.mesh, (without_trainable(shapes.student), shapes.reference)
-    jitted = jit_step(
-        *fixed, make_optimizer(config.optimizer, config.train.steps), mesh, shapes.shardings, step_options(config, mesh)
-    )
+    jitted = jit_step(*fixed, _optimizer(config), mesh, shapes.shardings, step_options(config, mesh))
     return jitted.lower(shapes.state, *fixed, _trees(shapes, micro_batch), None)
 
 
@@ -165,9 +163,7 @@ def compile_apply(shapes: Shapes) -> list[Compiled]:
     config, mesh = shapes.config, shapes.mesh
     if parts_learnt(config) == 1:
         return []
-    lowered = jit_apply(make_optimizer(config.optimizer, config.train.steps), mesh, shapes.shardings).lower(
-        shapes.state, part_sums(shapes)
-    )
+    lowered = jit_apply(_optimizer(config), mesh, shapes.shardings).lower(shapes.state, part_sums(shapes))
     return [compiled("update", lowered, mesh)]
 
 
@@ -179,6 +175,10 @@ def part_sums(shapes: Shapes) -> tuple[PyTree, PyTree]:
     sums = sum_shapes(frozen, shapes.state.params, shapes.reference, trees, options)
     whole = sharding.replicated(shapes.mesh)
     return _placed(sums, (shapes.shardings.params, jax.tree.map(lambda _: whole, sums[1])))
+
+
+def _optimizer(config: Config) -> Optimizer:
+    return make_optimizer(config.optimizer, config.train.steps)
 
 
 def _trees(shapes: Shapes, micro_batch: int) -> TokenTree:

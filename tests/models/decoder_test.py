@@ -15,11 +15,7 @@ from tests.models import parity
 TOKENS, MASK = parity.tokens_and_mask()
 B, S = TOKENS.shape
 R, C = 3, 4
-RNG = np.random.default_rng(3)
-BRANCH_TOKENS = RNG.integers(3, 96, (B, R, C))
-BRANCH_MASK = np.ones((B, R, C), bool)
-BRANCH_MASK[:, 1, 2:] = False
-BRANCH_MASK[0, 2] = False  # an empty slot
+BRANCH_TOKENS, BRANCH_MASK = parity.branch_tokens_and_mask(B, R, C)
 START = np.array([[3, 9, 9], [8, 12, 24], [1, 9, 19], [5, 5, 20]])
 
 read = parity.quick_jit(models.read)

@@ -14,11 +14,8 @@ from tests.models import parity
 TOKENS, MASK = parity.tokens_and_mask()
 B, S = TOKENS.shape
 R, C = 3, 4
-RNG = np.random.default_rng(3)
-BRANCH_TOKENS = RNG.integers(3, 96, (B, R, C))
-BRANCH_MASK = np.ones((B, R, C), bool)
-BRANCH_MASK[:, 1, 2:] = False
-BRANCH_MASK[0, 2] = False  # an empty slot
+BRANCH_TOKENS, BRANCH_MASK = parity.branch_tokens_and_mask(B, R, C)
+RNG = np.random.default_rng(4)
 BRANCH_MASK[3] = False  # a row without branches
 START = np.array([[3, 9, 9], [8, 12, 20], [1, 9, 15], [5, 5, 20]])
 END = np.array([14, 20, 17, 0])  # of each row's trunk so much is read; the last row not at all

@@ -156,6 +156,15 @@ def tokens_and_mask() -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
+def branch_tokens_and_mask(rows: int, slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, slots, width] branches of `tokens_and_mask`: a short one in every row, an empty slot in the first."""
+    tokens = np.random.default_rng(3).integers(3, _SMALL["vocab_size"], (rows, slots, width))
+    mask = np.ones((rows, slots, width), bool)
+    mask[:, 1, 2:] = False
+    mask[0, 2] = False
+    return tokens, mask
+
+
 def write_reference(case: Case, folder: Path) -> Any:
     """Makes transformers' model of the case, saves it to `folder` and returns it (float32, eval mode)."""
     import torch
