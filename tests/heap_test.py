@@ -10,20 +10,20 @@ import pytest
 from omniopd_jax import heap
 
 ROOT = Path(__file__).resolve().parents[1]
-# A program with 64 MiB of temporaries, run again and again by threads of jax: page faults of the run with fewest (one
-# may begin before the last one's memory is free).
+# A program with 64 MiB of temporaries, run again and again by threads of jax: page faults of its later runs. At first
+# the heap grows: a run may begin before the last one's memory is free, and small pieces lie in what was freed.
 FAULTS = """
-import resource, sys
+import resource, statistics, sys
 from omniopd_jax import heap
 kept = heap.keep_freed_memory() if sys.argv[1] == "keep" else None
 import jax, jax.numpy as jnp
-program = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), axis=0), axis=1))
+program = jax.jit(lambda x: jnp.outer(x, x) @ x)
 faults = []
-for _ in range(6):
+for _ in range(60):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(program(jnp.arange(2.0**12)))
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(kept, min(faults))
+print(kept, statistics.median(faults[30:]))
 """
 
 
@@ -38,7 +38,7 @@ def _run(*arguments, **environment):
 def test_the_pages_of_a_program_are_asked_for_once():
     kept, faults = _run("keep")
     assert kept == "True"
-    assert int(faults) < 1000 < int(_run("leave")[1])  # of 16,384 pages
+    assert float(faults) < 1000 < float(_run("leave")[1])  # of 16,384 pages
 
 
 @pytest.mark.parametrize(
