@@ -157,7 +157,7 @@ def _terms(
         return logprob, jnp.zeros_like(logprob), weights / total, None
     ref_logits = block_logits(ref_hidden_nxD, ref_operand, softcap)
     _, ref_shifted, ref_weights, ref_total = shifted_weights(ref_logits)
-    ref_probability = ref_weights / ref_total
     # Σ p_ref (log p_ref − log p), the normalisers taken out of the sum: one exp a side and number
-    kl = jnp.sum(ref_probability * (ref_shifted - shifted), axis=-1) + (jnp.log(total) - jnp.log(ref_total))[:, 0]
-    return logprob, kl, weights / total, ref_probability
+    cross = jnp.sum(ref_weights * (ref_shifted - shifted), axis=-1, keepdims=True) / ref_total
+    kl = (cross + jnp.log(total) - jnp.log(ref_total))[:, 0]
+    return logprob, kl, weights / total, ref_weights / ref_total
