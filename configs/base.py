@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
             ),
             pipeline=dict(
                 micro_batches=1,  # parts of a batch: the teacher works on one while others are sampled and learnt from
-                rollouts=0,  # parts in which the responses are sampled, a divisor of micro_batches; 0: as many
+                rollouts=0,  # equal rollouts of a batch, a divisor of micro_batches; 0: each as large as all before it
                 staleness=0,  # 0: the student samples with the parameters that the step updates; no other value
             ),
             mesh=dict(

@@ -218,7 +218,7 @@ def step(options: Options) -> Iterator[Contest]:
             return _spec(options, model, "step", config=config)
 
         entrants = [
-            Entrant("ours", spec(8, 2)),
+            Entrant("ours", spec(8, 0)),
             Entrant("each part sampled alone", spec(8, 8)),
             Entrant("no overlap", spec(1, 1)),
         ]

@@ -15,7 +15,7 @@ from omniopd_jax.plan.students import find_student
 from omniopd_jax.plan.topology import Topology
 from omniopd_jax.teacher.budget import API_KINDS, projected_cost
 from omniopd_jax.train import sharding
-from omniopd_jax.train.pipeline import micro_batch, micro_batches, parts_learnt, parts_sampled
+from omniopd_jax.train.pipeline import micro_batch, micro_batches, parts_learnt, rows_sampled
 from omniopd_jax.train.small_world import model_config
 from omniopd_jax.types import InputError
 from omniopd_jax.worlds import get_world
@@ -120,8 +120,8 @@ def make_plan(
     teacher = projected_cost(config) if config.teacher.kind in API_KINDS else ""
     dtype = config.student.compute_dtype
     shapes = programs.run_shapes(config, decoder, mesh, topology.compute_dtype if dtype == "auto" else dtype)
-    parts = parts_sampled(config)
-    part = programs.a_part(shapes, parts)
+    largest = max(rows_sampled(config))
+    part = programs.a_part(shapes, largest)
     held = {
         "parameters": programs.bytes_a_chip(shapes.student.params),
         "optimizer": programs.bytes_a_chip(shapes.state.opt_state),
@@ -134,7 +134,7 @@ def make_plan(
         held["gradients"] = programs.bytes_a_chip(programs.part_sums(shapes)[0])
     progress("sampling")
     others = tuple(
-        dataclasses.replace(one, runs=one.runs * parts)
+        dataclasses.replace(one, runs=one.runs * -(-config.rollout.batch_size // largest))
         for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
     )
 

@@ -132,10 +132,9 @@ def run_shapes(config: Config, decoder: DecoderConfig, mesh: Mesh, compute_dtype
     return Shapes(config, mesh, student, reference, _placed(state, shardings), shardings)
 
 
-def a_part(shapes: Shapes, parts: int) -> Shapes:
-    """The same run with batches of one of `parts` parts."""
-    rollout = shapes.config.rollout
-    rollout = dataclasses.replace(rollout, batch_size=rollout.batch_size // parts)
+def a_part(shapes: Shapes, rows: int) -> Shapes:
+    """The same run with batches of so many rows."""
+    rollout = dataclasses.replace(shapes.config.rollout, batch_size=rows)
     return dataclasses.replace(shapes, config=dataclasses.replace(shapes.config, rollout=rollout))
 
 
@@ -152,7 +151,12 @@ def compile_gradients(shapes: Shapes, micro_batch: int) -> Compiled:
     if parts == 1:
         return compiled("step", lower_step(shapes, micro_batch), mesh)
     frozen, options = without_trainable(shapes.student), step_options(config, mesh)
-    given = (frozen, shapes.state.params, shapes.reference, _trees(a_part(shapes, parts), micro_batch))
+    given = (
+        frozen,
+        shapes.state.params,
+        shapes.reference,
+        _trees(a_part(shapes, shapes.config.rollout.batch_size // parts), micro_batch),
+    )
     jitted = jit_add(frozen, shapes.reference, mesh, shapes.shardings, options)
     lowered = jitted.lower(part_sums(shapes), *given, None)
     return dataclasses.replace(compiled("gradients", lowered, mesh), runs=parts)
@@ -169,7 +173,7 @@ def compile_apply(shapes: Shapes) -> list[Compiled]:
 
 def part_sums(shapes: Shapes) -> tuple[PyTree, PyTree]:
     """(gradients, terms) of a part that is learnt from, as shapes with shardings; the same for every micro-batch."""
-    part = a_part(shapes, parts_learnt(shapes.config))
+    part = a_part(shapes, shapes.config.rollout.batch_size // parts_learnt(shapes.config))
     frozen, options = without_trainable(shapes.student), step_options(shapes.config, shapes.mesh)
     trees = _trees(part, part.config.rollout.batch_size)
     sums = sum_shapes(frozen, shapes.state.params, shapes.reference, trees, options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from omniopd_jax.config import Config
 from omniopd_jax.plan.planner import Plan
 from omniopd_jax.plan.programs import Compiled
-from omniopd_jax.train.pipeline import parts_audited, parts_learnt, parts_sampled
+from omniopd_jax.train.pipeline import parts_audited, parts_learnt, rows_sampled
 from omniopd_jax.types import InputError
 
 _GIB = 2**30
@@ -25,7 +25,7 @@ def _head(plan: Plan) -> str:
     config = plan.config
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     audit = config.audit
-    sampled = config.rollout.batch_size // parts_sampled(config)
+    sampled = max(rows_sampled(config))
     slots = f", {config.rollout.slots} decoded at a time" if 0 < config.rollout.slots < sampled else ""
     lines = [
         f"{plan.student} on {plan.topology.name}: {len(plan.topology.devices)} chips, mesh {mesh}",
@@ -43,7 +43,10 @@ def _head(plan: Plan) -> str:
 def _parts(config: Config) -> str:
     if parts_audited(config) == 1:
         return ""
-    return f"{parts_audited(config)} parts, sampled in {parts_sampled(config)}, learnt from in {parts_learnt(config)}; "
+    sampled = " + ".join(map(str, rows_sampled(config)))
+    return (
+        f"{parts_audited(config)} parts, {sampled} responses sampled together, learnt from in {parts_learnt(config)}; "
+    )
 
 
 def _memory(plan: Plan) -> str:

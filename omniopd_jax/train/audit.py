@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -148,17 +149,16 @@ def joined(parts: Sequence[Audit]) -> Audit:
     )
 
 
-def rows_of(batch: PromptBatch, count: int) -> list[PromptBatch]:
-    """The batch in `count` equal parts, rows in their order."""
-    size = len(batch.prompts) // count
+def rows_of(batch: PromptBatch, sizes: Sequence[int]) -> list[PromptBatch]:
+    """The batch in parts of so many rows, in their order."""
     return [
         PromptBatch(
-            prompts=batch.prompts[start : start + size],
-            tokens_BxP=batch.tokens_BxP[start : start + size],
-            mask_BxP=batch.mask_BxP[start : start + size],
-            sample_index_B=batch.sample_index_B[start : start + size],
+            prompts=batch.prompts[end - size : end],
+            tokens_BxP=batch.tokens_BxP[end - size : end],
+            mask_BxP=batch.mask_BxP[end - size : end],
+            sample_index_B=batch.sample_index_B[end - size : end],
         )
-        for start in range(0, len(batch.prompts), size)
+        for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)
     ]
 
 
@@ -169,12 +169,13 @@ def filled_up(verdicts: Verdicts, rows: int) -> Verdicts:
     return Verdicts(**more)
 
 
-def split(evidence: Evidence, count: int) -> list[Evidence]:
-    """What was gathered about a batch, in `count` equal parts, rows in their order."""
-    arrays, size = evidence._replace(batch=None), len(evidence.batch.prompts) // count
+def split(evidence: Evidence, size: int) -> list[Evidence]:
+    """What was gathered about a batch, in parts of `size` rows, in their order."""
+    arrays = evidence._replace(batch=None)
+    batches = rows_of(evidence.batch, [size] * (len(evidence.batch.prompts) // size))
     return [
         batching.sliced(arrays, number * size, (number + 1) * size)._replace(batch=batch)
-        for number, batch in enumerate(rows_of(evidence.batch, count))
+        for number, batch in enumerate(batches)
     ]
 
 

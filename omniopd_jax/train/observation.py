@@ -14,7 +14,7 @@ from omniopd_jax.train.answers import answers_of
 from omniopd_jax.train.audit import Audit, audit, filled_up, joined, rows_of, split, whole
 from omniopd_jax.train.credit import Credit, Evidence, give_credit, groups, mean_where
 from omniopd_jax.train.experiment import Experiment
-from omniopd_jax.train.pipeline import parts_audited, parts_learnt, parts_sampled
+from omniopd_jax.train.pipeline import parts_audited, parts_learnt, rows_sampled
 from omniopd_jax.train.stops import Interrupts, check_finite
 from omniopd_jax.types import PromptBatch, Rollout, TokenTree
 
@@ -57,13 +57,13 @@ def observe(
     evidence = Evidence(experiment.stream.batch_for_step(index))
     total = len(evidence.batch.prompts)
     rows = total // parts_learnt(config)
-    batches = rows_of(evidence.batch, parts_sampled(config))
+    batches = rows_of(evidence.batch, rows_sampled(config))
     responses = (_respond(experiment, Evidence(batch), index, clock) for batch in batches)
     audits, asked = [], []
     if needs.chunks:
         sampled: list[Evidence] = []
         heard: list[Audit] = []
-        size = parts_audited(config) // parts_sampled(config)
+        size = total // parts_audited(config)
         parts = _kept((part for several in responses for part in split(several, size)), sampled)
         with closing(audit(experiment, parts, step=step, interrupts=interrupts, clock=clock)) as audited:
             for part in audited:

@@ -39,9 +39,21 @@ def parts_audited(config: Config) -> int:
     return config.pipeline.micro_batches if needs_of(config).chunks else 1
 
 
-def parts_sampled(config: Config) -> int:
-    """Parts in which a batch is sampled."""
-    return min(config.pipeline.rollouts or config.pipeline.micro_batches, parts_audited(config))
+def rows_sampled(config: Config) -> list[int]:
+    """Responses of each rollout of a batch: those of some of the `parts_audited`, which are sampled together.
+
+    Unless the config says how many rollouts there are, each takes as many parts as all before it: the teacher has its
+    first part early, and while it works on what it has, as much again is sampled.
+    """
+    parts = parts_audited(config)
+    rows = config.rollout.batch_size // parts
+    if config.pipeline.rollouts:
+        rollouts = min(config.pipeline.rollouts, parts)
+        return [parts // rollouts * rows] * rollouts
+    counts = [1]
+    while sum(counts) < parts:
+        counts.append(min(sum(counts), parts - sum(counts)))
+    return [count * rows for count in counts]
 
 
 def parts_learnt(config: Config) -> int:

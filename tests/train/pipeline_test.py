@@ -304,7 +304,26 @@ def side_by_side(distil, tmp_path_factory):
     return workdir, distil(workdir, teacher, **{"pipeline.micro_batches": 4}), teacher
 
 
-@pytest.mark.parametrize("rollouts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 6, 8, 16])
+def test_a_rollout_takes_as_many_responses_as_all_before_it(parts):
+    rows = pipeline.rows_sampled(tiny_config(**{"rollout.batch_size": 3 * parts, "pipeline.micro_batches": parts}))
+    assert sum(rows) == 3 * parts
+    assert rows[0] == 3
+    for number in range(1, len(rows) - 1):
+        assert rows[number] == sum(rows[:number])
+    assert rows[-1] <= sum(rows[:-1]) or parts == 1
+
+
+def test_the_config_may_say_how_many_rollouts_there_are_but_not_for_an_arm_without_chunks():
+    given = {"rollout.batch_size": 24, "pipeline.micro_batches": 8}
+    assert pipeline.rows_sampled(tiny_config(**given, **{"pipeline.rollouts": 2})) == [12, 12]
+    assert pipeline.rows_sampled(tiny_config(**given, **{"pipeline.rollouts": 8})) == [3] * 8
+    no_chunks = {"objective.arm": "sft", "objective.anchor_weight": 0.0}
+    for rollouts in (0, 4):
+        assert pipeline.rows_sampled(tiny_config(**given, **{"pipeline.rollouts": rollouts}, **no_chunks)) == [24]
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 4])
 def test_what_is_sampled_together_may_be_audited_and_learnt_from_in_parts(side_by_side, distil, tmp_path, rollouts):
     workdir, _, _ = side_by_side
     distil(tmp_path, SlowTeacher(0.0), **{"pipeline.micro_batches": 4, "pipeline.rollouts": rollouts})
