@@ -120,8 +120,8 @@ def make_plan(
     teacher = projected_cost(config) if config.teacher.kind in API_KINDS else ""
     dtype = config.student.compute_dtype
     shapes = programs.run_shapes(config, decoder, mesh, topology.compute_dtype if dtype == "auto" else dtype)
-    largest = max(rows_sampled(config))
-    part = programs.a_part(shapes, largest)
+    together = max(rows_sampled(config))
+    part = programs.a_part(shapes, together)
     held = {
         "parameters": programs.bytes_a_chip(shapes.student.params),
         "optimizer": programs.bytes_a_chip(shapes.state.opt_state),
@@ -134,7 +134,7 @@ def make_plan(
         held["gradients"] = programs.bytes_a_chip(programs.part_sums(shapes)[0])
     progress("sampling")
     others = tuple(
-        dataclasses.replace(one, runs=one.runs * -(-config.rollout.batch_size // largest))
+        dataclasses.replace(one, runs=one.runs * -(-config.rollout.batch_size // together))
         for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
     )
 
