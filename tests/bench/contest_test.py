@@ -137,7 +137,7 @@ def test_suites_say_what_they_hold():
         rivals={"tunix": ("python", "tunix_peer.py")},
     )
     held = list(suites.contests("all", options))
-    assert {"rollout", "audit", "score", "update", "branch update"} <= {one.work for one in held}
+    assert {"rollout", "audit", "score, dense jax", "update", "branch update"} <= {one.work for one in held}
     assert all(one.entrants[0].name == "ours" or one.entrants[1].name == "ours" for one in held)
     assert [entrant.name for entrant in held[0].entrants] == ["ours", "tunix"]
     with pytest.raises(InputError, match="--suite=speed is none of rollout, audit"):
