@@ -82,6 +82,18 @@ def test_the_vocabulary_stays_split_on_a_tensor_axis(found):
     assert found["all"]["reduced_maxima"], "the largest logit is found by all devices together"
 
 
+def test_an_evaluation_is_split_over_the_devices_however_many_problems_there_are(found):
+    """Ten problems on four shares: of ten rows each device would hold them all."""
+    one, many = found["one"]["evaluated"], found["all"]["evaluated"]
+    assert one["rows"] == [10, 10]
+    assert many["rows"] == [12, 3], "rows in all, rows of one device"
+    assert many["responses"] == one["responses"]
+
+
+def test_splash_reads_rows_and_keys_that_the_mesh_does_not_divide(found):
+    assert found["all"]["splash"] < 1e-5
+
+
 def main() -> None:
     import tempfile
 
@@ -193,7 +205,9 @@ def main() -> None:
                 "starts": anchors.start_BxM.tolist(),
                 "branches": branches.tokens_BxMxGxC.tolist(),
             }
+            line["evaluated"] = evaluated(mesh)
         if name == "all":
+            line["splash"] = splash_error(mesh)
             program = compiled.as_text().splitlines()
             line["gathered"] = [
                 [int(size) for size in re.findall(r"\d+", shape)]
@@ -217,6 +231,64 @@ def main() -> None:
                     )
                 checkpoints.close()
         print(json.dumps(line), flush=True)
+
+
+def evaluated(mesh) -> dict:
+    """Responses to ten problems, and how many rows were decoded, in all and by one device."""
+    import tempfile
+
+    import jax
+    import numpy as np
+
+    from omniopd_jax import models
+    from omniopd_jax.data import load_tokenizer
+    from omniopd_jax.eval import evaluate as evaluation
+    from omniopd_jax.train import sharding
+    from omniopd_jax.train.small_world import model_config
+    from omniopd_jax.worlds import arithmetic
+
+    with tempfile.TemporaryDirectory() as folder:
+        arithmetic.save_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+    prompts = [problem.prompt(str(i)) for i, problem in enumerate(arithmetic.problems(np.random.default_rng(0), 10, 1))]
+    model = models.init_model(model_config(32, 1, vocab_size=tokenizer.vocab_size), jax.random.key(0))
+    rows = []
+
+    def sample(*arguments, **settings):
+        rollout = sampled(*arguments, **settings)
+        rows[:] = [len(rollout.tokens_BxT), len(rollout.entropy_BxT.addressable_shards[0].data)]
+        return rollout
+
+    sampled, evaluation.sampler.sample = evaluation.sampler.sample, sample
+    done = evaluation.evaluate(
+        sharding.placed(model, mesh), tokenizer, prompts, lambda *_: True, temperature=1.0, max_new_tokens=4,
+        batch_size=512,
+    )  # fmt: skip
+    evaluation.sampler.sample = sampled
+    return {"rows": rows, "responses": list(done.responses)}
+
+
+def splash_error(mesh) -> float:
+    """Largest difference to one device, of 3 rows on 4 shares and of one key head on two devices."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from omniopd_jax.models.kernels import Kernel, kernel_attention
+    from omniopd_jax.train import sharding
+
+    rng = np.random.default_rng(0)
+    mask = jnp.asarray(np.arange(20) >= np.array([[0], [5], [9]]))
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 20, heads, 128)), jnp.float32) for heads in (2, 1, 1))
+    whole, split = (
+        jax.jit(
+            lambda *sides, layout=layout: kernel_attention(
+                Kernel("splash", layout, is_interpreted=True), *sides, scale=0.1
+            )
+        )(q, k, v, mask)
+        for layout in (None, sharding.activation_layout(mesh))
+    )
+    return float(np.abs(np.where(mask[..., None, None], np.asarray(whole) - np.asarray(split), 0)).max())
 
 
 if __name__ == "__main__":

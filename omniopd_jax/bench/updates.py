@@ -31,8 +31,8 @@ def update(spec: Spec) -> Work:
     mesh = sharding.make_mesh(config.mesh)
     model = model_of(spec)
     dtype = jnp.dtype(spec["dtype"])
-    kernel = models.kernel_of(config.student.attention, model.config, dtype, platform=jax.default_backend())
-    model = models.with_kernel(sharding.placed(model, mesh), models.Kernel(kernel, layout=model.module.layout))
+    kernel = models.kernel_of(config.student.attention, model.config, dtype, jax.devices()[0])
+    model = models.with_kernel(sharding.placed(model, mesh), models.Kernel(kernel))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shardings = state_shardings(mesh, model, optimizer)
     step = make_step(

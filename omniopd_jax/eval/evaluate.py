@@ -19,6 +19,7 @@ from omniopd_jax.eval import statistics
 from omniopd_jax.eval.tasks import get_task
 from omniopd_jax.eval.verdict import NO_ANSWER, Verdict
 from omniopd_jax.models import Model
+from omniopd_jax.models.layout import full_rows
 from omniopd_jax.rollout import sampler
 from omniopd_jax.types import InputError, Prompt
 
@@ -204,7 +205,8 @@ def evaluate(
       judge: tells right from wrong, with several processes the same on each (train.evaluation.SharedJudge).
       temperature: 0 is greedy; 1 is what training optimises.
       max_new_tokens: longest response.
-      batch_size: responses sampled together; the last batch is padded so that nothing compiles twice.
+      batch_size: responses sampled together, rounded up to what the model's mesh divides; the last batch is padded
+        so that nothing compiles twice.
       samples: k responses a problem, averaged.
       seed: names the draws; the draw of a problem does not depend on the batch size.
       template_args, use_chat_template: as in `data.*` of the config.
@@ -223,7 +225,7 @@ def evaluate(
         prompts, tokenizer.encode_prompts(prompts, template_args, use_chat_template), strict=True
     ) for _ in range(samples)]  # fmt: skip
     width = bucket_width(max(len(ids) for _, ids in rows))
-    batch_size = min(batch_size, len(rows))
+    batch_size = full_rows(model.module.layout, min(batch_size, len(rows)))
     key = prng.named_key(seed, 0, "evaluation")
     judge = judge if isinstance(judge, Judge) else _as_judge(judge)
     items: list[Item] = []

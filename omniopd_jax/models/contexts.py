@@ -27,7 +27,14 @@ class Keys:
     is_windowed: bool = struct.field(pytree_node=False)  # some layer has a window
 
 
-QUERY_BLOCK = 1024  # queries whose scores exist at once
+QUERY_BLOCKS = (128, 1024)  # queries a row whose scores exist at once: at least, at most
+MOST_SCORES = 2**28  # beyond which blocks have fewer queries: 1 GiB
+
+
+def query_block(rows: int, heads: int, columns: int) -> int:
+    """Queries a row whose scores over so many columns exist at once."""
+    least, most = QUERY_BLOCKS
+    return min(max(MOST_SCORES // (rows * heads * columns), least), most)
 
 
 def causal_attention(
@@ -43,7 +50,8 @@ def causal_attention(
             is_visible = is_visible & (position[:, :, None] - keys.position_BxS[:, None] < window)
         return attention(q, k_BxKxExS, v_BxKxSxE, is_visible, **options)
 
-    return in_blocks(attend_some, (q_BxSxHxE, keys.position_BxS, column_S[None]), QUERY_BLOCK)
+    block = query_block(q_BxSxHxE.shape[0], q_BxSxHxE.shape[2], len(column_S))
+    return in_blocks(attend_some, (q_BxSxHxE, keys.position_BxS, column_S[None]), block)
 
 
 @struct.dataclass
@@ -92,7 +100,7 @@ class TreeContext:
 
         q, k, v = (x[:, s:].reshape(b, r, c, *x.shape[2:]) for x in (q, k, v))
         branches = (q, k, v, self.branch_mask_BxRxC, self.branch_position_BxRxC, self.branch_start_BxR)
-        out = in_blocks(attend_some, branches, max(1, QUERY_BLOCK // c))
+        out = in_blocks(attend_some, branches, max(1, query_block(b, q.shape[3], s + c) // c))
         return jnp.concatenate([trunk_out, out.reshape(b, r * c, *out.shape[3:])], axis=1), None
 
 

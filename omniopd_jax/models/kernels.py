@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from omniopd_jax.models.families import DecoderConfig, ModelError
 from omniopd_jax.models.layout import BATCH, Layout
+from omniopd_jax.models.listing import moved
 from omniopd_jax.types import Array
 
 _LANES = 128  # of a TPU: splash attention wants its blocks, and so the sequence, to be multiples
@@ -29,18 +30,19 @@ class Kernel:
     """Which kernel reads whole sequences. Hashable: part of the module."""
 
     name: str = "xla"  # xla | cudnn | splash
-    layout: Layout | None = None  # splash on a mesh: the compiler cannot split it, so it is split by hand
+    layout: Layout | None = None  # the model's, which whoever reads fills in: splash is split over a mesh by hand
     is_interpreted: bool = False  # splash on a machine without a TPU, for checks
 
 
-def kernel_of(setting: str, config: DecoderConfig, dtype: Any, *, platform: str) -> str:
-    """The kernel that `student.attention` means for a model on a platform ("cpu", "gpu", "tpu").
+def kernel_of(setting: str, config: DecoderConfig, dtype: Any, device: Any) -> str:
+    """The kernel that `student.attention` means for a model that computes in `dtype` on a jax device.
 
-    "auto" is cudnn on a GPU in 16 bits where the model allows it, else xla.
+    "auto" is cudnn on a GPU in 16 bits where model and GPU allow it, else xla.
 
     Raises:
       ModelError: the kernel asked for cannot serve this model or machine.
     """
+    platform, capability = device.platform, getattr(device, "compute_capability", "")
     has_cap, has_windows = config.attention_softcap is not None, any(config.window_L)
     reason = ""
     if has_cap:
@@ -51,6 +53,8 @@ def kernel_of(setting: str, config: DecoderConfig, dtype: Any, *, platform: str)
         reason = f"it computes in 16 bits and student.compute_dtype is {jnp.dtype(dtype).name}"
     elif setting in ("auto", "cudnn") and (config.head_dim % 8 or config.head_dim > 128):
         reason = f"heads of {config.head_dim} are no multiple of 8 up to 128"
+    elif setting in ("auto", "cudnn") and platform == "gpu" and not _has_flash_attention(capability):
+        reason = f"it needs an NVIDIA GPU of compute capability 8.0 or more and this one's is {capability or 'unknown'}"
     if setting == "auto":
         return "cudnn" if platform == "gpu" and not reason else "xla"
     if setting == "cudnn" and platform != "gpu":
@@ -65,6 +69,12 @@ def kernel_of(setting: str, config: DecoderConfig, dtype: Any, *, platform: str)
     return setting
 
 
+def _has_flash_attention(capability: str) -> bool:
+    """Of a GPU's compute capability in jax's words: "9.0", or of another make "gfx942"."""
+    major = str(capability).partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
+
+
 def kernel_attention(
     kernel: Kernel, q_BxSxHxE: Array, k_BxSxKxE: Array, v_BxSxKxE: Array, mask_BxS: Array, *, scale: float
 ) -> Array:
@@ -73,6 +83,10 @@ def kernel_attention(
     Returns:
       out_BxSxHxE; what stands on padding is finite and means nothing.
     """
+    if kernel.layout is not None and k_BxSxKxE.shape[2] % kernel.layout.shares("kv_heads"):
+        # Heads are split and the few keys are not: each head gets keys of its own, which are split alike.
+        groups = q_BxSxHxE.shape[2] // k_BxSxKxE.shape[2]
+        k_BxSxKxE, v_BxSxKxE = jnp.repeat(k_BxSxKxE, groups, axis=2), jnp.repeat(v_BxSxKxE, groups, axis=2)
     if kernel.name == "splash":
         return _splash(kernel, q_BxSxHxE, k_BxSxKxE, v_BxSxKxE, mask_BxS, scale)
     return compact_attention(q_BxSxHxE, k_BxSxKxE, v_BxSxKxE, mask_BxS, scale=scale, implementation="cudnn")
@@ -90,20 +104,17 @@ def compact_attention(
     back_BxS = jnp.argsort(order_BxS, axis=1)
     length_B = jnp.sum(mask_BxS, axis=1, dtype=jnp.int32)
 
-    def move(array: Array, order: Array) -> Array:
-        return jnp.take_along_axis(array, order[:, :, None, None], axis=1)
-
     out = jax.nn.dot_product_attention(
-        move(q_BxSxHxE, order_BxS),
-        move(k_BxSxKxE, order_BxS),
-        move(v_BxSxKxE, order_BxS),
+        moved(q_BxSxHxE, order_BxS, back_BxS),
+        moved(k_BxSxKxE, order_BxS, back_BxS),
+        moved(v_BxSxKxE, order_BxS, back_BxS),
         scale=scale,
         is_causal=True,
         query_seq_lengths=jnp.maximum(length_B, 1),
         key_value_seq_lengths=jnp.maximum(length_B, 1),
         implementation=implementation,
     )
-    return move(out, back_BxS)
+    return moved(out, back_BxS, order_BxS)
 
 
 def _splash(kernel: Kernel, q: Array, k: Array, v: Array, mask_BxS: Array, scale: float) -> Array:
@@ -120,9 +131,8 @@ def _splash(kernel: Kernel, q: Array, k: Array, v: Array, mask_BxS: Array, scale
     run = functools.partial(_splash_local, is_interpreted=kernel.is_interpreted)
     if kernel.layout is not None and kernel.layout.mesh.size > 1:
         places = dict(kernel.layout.rules)
-        rows, of_heads, of_keys = (
-            Spec(places[BATCH], *axes) for axes in ((), (places["heads"],), (places["kv_heads"],))
-        )
+        batch = places[BATCH] if q.shape[0] % kernel.layout.shares(BATCH) == 0 else None
+        rows, of_heads, of_keys = (Spec(batch, *axes) for axes in ((), (places["heads"],), (places["kv_heads"],)))
         run = jax.shard_map(
             run,
             mesh=kernel.layout.mesh,

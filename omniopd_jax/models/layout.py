@@ -29,6 +29,10 @@ class Layout:
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
 
+    def shares(self, name: str | None) -> int:
+        """Into how many parts the mesh splits a logical axis that it divides."""
+        return math.prod(self.mesh.shape[axis] for axis in dict(self.rules).get(name or "", ()))
+
     def constrain(self, array: Array, axes: tuple[str | None, ...]) -> Array:
         """The same array, laid out by its logical axes; None and unknown names: whole.
 
@@ -37,7 +41,7 @@ class Layout:
         spec, places = [], dict(self.rules)
         for size, name in zip(array.shape, axes, strict=True):
             names = places.get(name or "", ())
-            divides = size % math.prod(self.mesh.shape[axis] for axis in names) == 0
+            divides = size % self.shares(name) == 0
             if name == BATCH and not divides:
                 return array
             spec.append(names if names and divides else None)
@@ -46,6 +50,12 @@ class Layout:
     def gathered(self, array: Array, axes: tuple[str, ...]) -> Array:
         """A parameter as a product wants it: whole along the width, split over heads, feed-forward and vocabulary."""
         return self.constrain(array, tuple(None if name == GATHERED else name for name in axes))
+
+
+def full_rows(layout: Layout | None, rows: int) -> int:
+    """The next number of rows that the mesh divides: of any other each device would hold them all."""
+    shares = 1 if layout is None else layout.shares(BATCH)
+    return -(-rows // shares) * shares
 
 
 def by_sequence(layout: Layout | None, array_BxN: Array) -> Array:

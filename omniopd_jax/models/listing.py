@@ -39,8 +39,7 @@ class Listing:
 
     def _moved(self, array_BxI: Array, to: Array, back: Array) -> Array:
         groups, rest = to.shape[0], array_BxI.shape[2:]
-        moved = _moved(array_BxI.reshape(groups, -1, *rest), to, back)
-        return moved.reshape(self.rows, -1, *rest)
+        return moved(array_BxI.reshape(groups, -1, *rest), to, back).reshape(self.rows, -1, *rest)
 
 
 def listing(place_UxJxW: Array, positions: int) -> Listing:
@@ -72,7 +71,7 @@ class ListedContext:
 
 
 @jax.custom_vjp
-def _moved(array_UxI: Array, to_UxO: Array, back_UxI: Array) -> Array:
+def moved(array_UxI: Array, to_UxO: Array, back_UxI: Array) -> Array:
     """out[u, o] = array[u, to[u, o]]; 0 where `to` is I or more.
 
     `to` and `back` are each other's inverse, so the gradient moves the same way back. The compiler cannot know that
@@ -83,13 +82,13 @@ def _moved(array_UxI: Array, to_UxO: Array, back_UxI: Array) -> Array:
 
 
 def _moved_forward(array_UxI: Array, to_UxO: Array, back_UxI: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _moved(array_UxI, to_UxO, back_UxI), (to_UxO, back_UxI)
+    return moved(array_UxI, to_UxO, back_UxI), (to_UxO, back_UxI)
 
 
 def _moved_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Any, Any]:
     to_UxO, back_UxI = saved
     of_to, of_back = (np.zeros(places.shape, jax.dtypes.float0) for places in saved)
-    return _moved(gradient, back_UxI, to_UxO), of_to, of_back
+    return moved(gradient, back_UxI, to_UxO), of_to, of_back
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+moved.defvjp(_moved_forward, _moved_backward)

@@ -97,9 +97,8 @@ def run_shapes(config: Config, decoder: DecoderConfig, mesh: Mesh, compute_dtype
     module = Decoder(decoder, jnp.dtype(compute_dtype))
     params = _placed(_params(decoder, dtype), sharding.config_shardings(mesh, decoder))
     student = sharding.laid_out(Model(config=decoder, module=module, params=params), mesh)
-    platform = mesh.devices.flat[0].platform
-    kernel = models.kernel_of(config.student.attention, decoder, module.compute_dtype, platform=platform)
-    student = models.with_kernel(student, models.Kernel(kernel, layout=student.module.layout))
+    kernel = models.kernel_of(config.student.attention, decoder, module.compute_dtype, mesh.devices.flat[0])
+    student = models.with_kernel(student, models.Kernel(kernel))
     if config.lora.rank > 0:
         adapted = jax.eval_shape(
             lambda model, key: models.add_adapters(
@@ -260,7 +259,7 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
     empty = compiled("empty slots", lowered, mesh)
     if empty.too_large:
         return [empty]
-    group = refill.group_of(rollout.slots)
+    group = refill.group_of(rollout.slots, model.module.layout)
     row_F = jax.ShapeDtypeStruct((group,), jnp.int32, sharding=whole)
     lowered = refill.admit.lower(model, empty.result, tokens_WxP, mask_WxP, keys_W, row_F, row_F, rule=rule)
     admit = compiled("prefill", lowered, mesh)

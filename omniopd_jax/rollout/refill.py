@@ -17,6 +17,7 @@ import numpy as np
 from flax import struct
 
 from omniopd_jax import gathering, models
+from omniopd_jax.models.layout import Layout, full_rows
 from omniopd_jax.rollout import decoding, sampling
 from omniopd_jax.rollout.columns import replace_rows, roomy, widen
 from omniopd_jax.rollout.sampling import SamplingRule
@@ -51,9 +52,9 @@ def sample(
 ) -> Rollout:
     """`sampler.sample` for W prompts with at most `slots` of them on the device at a time, in the order given."""
     num_prompts = tokens_WxP.shape[0]
-    group = group_of(slots)
-    # Rows of one device may move together; rows that lie on several stay where they are.
     layout = model.module.layout
+    group = group_of(slots, layout)
+    # Rows of one device may move together; rows that lie on several stay where they are.
     fewest = group if layout is None or layout.mesh.size == 1 else slots
     state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
     stepper = decoding.stepper(model, slots)
@@ -94,9 +95,9 @@ def sample(
     )
 
 
-def group_of(slots: int) -> int:
+def group_of(slots: int, layout: Layout | None) -> int:
     """Prompts admitted at a time: a few share the prefill's cost, and until then fewer slots than that stand idle."""
-    return max(1, slots // 8)
+    return min(slots, full_rows(layout, max(1, slots // 8)))
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "max_new_tokens"))

@@ -79,7 +79,8 @@ class LocalTeacher:
             )
         self.name = name
         self.tokenizer = tokenizer
-        self.model = model
+        kernel = models.kernel_of("auto", model.config, model.module.compute_dtype, jax.devices()[0])
+        self.model = models.with_kernel(model, models.Kernel(kernel))
         self._template_args = template_args
         self._max_batch_tokens = max_batch_tokens
         self._stop_tokens = tuple(token for token in tokenizer.stop_tokens if token < vocab_size)

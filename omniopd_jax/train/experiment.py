@@ -159,8 +159,7 @@ def prepare(
             student = sharding.placed(student, mesh)
         if teacher is None:
             teacher = initial_student(config, student, tokenizer)
-        kernel = models.Kernel(attention_kernel(config, decoder), layout=student.module.layout)
-        student = models.with_kernel(student, kernel)
+        student = models.with_kernel(student, models.Kernel(attention_kernel(config, decoder)))
         if config.lora.rank > 0 and student.adapters is None:
             student = models.add_adapters(
                 student,
@@ -277,7 +276,7 @@ def _checked(
 def attention_kernel(config: Config, decoder: models.DecoderConfig) -> str:
     """The kernel that `student.attention` means here; raises ModelError where it cannot be used."""
     dtype = compute_dtype(config.student.compute_dtype)
-    return models.kernel_of(config.student.attention, decoder, dtype, platform=jax.default_backend())
+    return models.kernel_of(config.student.attention, decoder, dtype, jax.devices()[0])
 
 
 def _open_log(config: Config, workdir: Path, finished: int) -> RunLog:

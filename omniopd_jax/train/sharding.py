@@ -68,6 +68,8 @@ def check_batch(mesh: Mesh, config: Config) -> None:
     sizes = {"rollout.batch_size": whole}
     if config.train.micro_batch_size:
         sizes["train.micro_batch_size"] = config.train.micro_batch_size
+    if 0 < config.rollout.slots < whole:
+        sizes["rollout.slots"] = config.rollout.slots
     if parts > 1:
         sizes[f"rollout.batch_size={whole} / config.pipeline.micro_batches"] = whole // parts
     for name, size in sizes.items():

@@ -1,6 +1,7 @@
 """Laws of reading and decoding: caches, trees, branches, padding. Families against transformers: parity_test.py."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -151,13 +152,22 @@ def test_remat_computes_again_what_it_says(model):
 
 
 def test_scores_in_blocks_change_nothing(model, tree, monkeypatch):
-    monkeypatch.setattr(contexts, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(contexts, "QUERY_BLOCKS", (5, 5))
     # a new function object: the block's size is no part of jit's key
     blocked = parity.quick_jit(lambda *arrays: models.read_tree(*arrays))(
         model, TOKENS, MASK, BRANCH_TOKENS, BRANCH_MASK, START
     )
     np.testing.assert_allclose(np.asarray(blocked[0])[MASK], np.asarray(tree[0])[MASK], atol=1e-4)
     np.testing.assert_allclose(np.asarray(blocked[1])[BRANCH_MASK], np.asarray(tree[1])[BRANCH_MASK], atol=1e-4)
+
+
+def test_scores_of_many_rows_take_no_more_memory_than_those_of_few():
+    for rows, heads, columns in itertools.product((1, 8, 32), (4, 32), (128, 6144)):
+        block = contexts.query_block(rows, heads, columns)
+        is_least = block == contexts.QUERY_BLOCKS[0]
+        assert is_least or block * rows * heads * columns <= contexts.MOST_SCORES
+        assert contexts.QUERY_BLOCKS[0] <= block <= contexts.QUERY_BLOCKS[1]
+    assert contexts.query_block(8, 16, 128) == contexts.QUERY_BLOCKS[1]
 
 
 def test_a_token_outside_the_vocabulary_is_loud(model):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,12 @@ def _config(**changes):
     return dataclasses.replace(models.decoder_config(shape), **changes)
 
 
+def _device(name):
+    """A device that is not there, as jax would show it."""
+    platform, _, capability = name.partition(" ")
+    return SimpleNamespace(platform=platform, compute_capability=capability or "9.0")
+
+
 @pytest.mark.parametrize(
     ("setting", "platform", "dtype", "changes", "kernel"),
     [
@@ -107,6 +114,9 @@ def _config(**changes):
         ("auto", "gpu", "bfloat16", {}, "cudnn"),
         ("auto", "gpu", "float32", {}, "xla"),
         ("auto", "gpu", "bfloat16", {"head_dim": 256}, "xla"),
+        ("auto", "gpu 7.5", "bfloat16", {}, "xla"),
+        ("auto", "gpu 12.0", "bfloat16", {}, "cudnn"),
+        ("auto", "gpu gfx942", "bfloat16", {}, "xla"),
         ("auto", "gpu", "bfloat16", {"window_L": (8,)}, "xla"),
         ("auto", "tpu", "bfloat16", {}, "xla"),
         ("splash", "tpu", "bfloat16", {}, "splash"),
@@ -114,7 +124,7 @@ def _config(**changes):
     ],
 )
 def test_which_kernel_a_setting_means(setting, platform, dtype, changes, kernel):
-    assert models.kernel_of(setting, _config(**changes), dtype, platform=platform) == kernel
+    assert models.kernel_of(setting, _config(**changes), dtype, _device(platform)) == kernel
 
 
 @pytest.mark.parametrize(
@@ -124,11 +134,12 @@ def test_which_kernel_a_setting_means(setting, platform, dtype, changes, kernel)
         ("splash", "gpu", {}, "needs a TPU and this is a gpu"),
         ("splash", "tpu", {"window_L": (8,)}, "layers have windows"),
         ("cudnn", "gpu", {"attention_softcap": 50.0}, "caps its attention scores"),
+        ("cudnn", "gpu 7.5", {}, "compute capability 8.0 or more and this one's is 7.5"),
     ],
 )
 def test_a_kernel_that_cannot_serve_is_refused(setting, platform, changes, reason):
     with pytest.raises(models.ModelError, match=reason):
-        models.kernel_of(setting, _config(**changes), "bfloat16", platform=platform)
+        models.kernel_of(setting, _config(**changes), "bfloat16", _device(platform))
 
 
 @pytest.mark.slow
