@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -120,24 +121,18 @@ def make_plan(
     teacher = projected_cost(config) if config.teacher.kind in API_KINDS else ""
     dtype = config.student.compute_dtype
     shapes = programs.run_shapes(config, decoder, mesh, topology.compute_dtype if dtype == "auto" else dtype)
-    together = max(rows_sampled(config))
-    part = programs.a_part(shapes, together)
     held = {
         "parameters": programs.bytes_a_chip(shapes.student.params),
         "optimizer": programs.bytes_a_chip(shapes.state.opt_state),
         "reference": 0 if shapes.reference is None else programs.bytes_a_chip(shapes.reference.params),
-        "cache": programs.cache_bytes(part),
+        "cache": programs.cache_bytes(programs.a_part(shapes, max(rows_sampled(config)))),
     }
     if config.lora.rank > 0:
         held["adapters"] = programs.bytes_a_chip(shapes.state.params)
     if parts_learnt(config) > 1:
         held["gradients"] = programs.bytes_a_chip(programs.part_sums(shapes)[0])
     progress("sampling")
-    others = tuple(
-        dataclasses.replace(one, runs=one.runs * -(-config.rollout.batch_size // together))
-        for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
-    )
-
+    others = _sampling(shapes)
     apply = programs.compile_apply(shapes)
 
     def at(size: int) -> Plan:
@@ -150,6 +145,19 @@ def make_plan(
     if topology.chip is None:
         raise InputError("--micro_batch=search needs a TPU topology: a CPU's memory is not known.")
     return largest(shapes, at)
+
+
+def _sampling(shapes: Shapes) -> tuple[Compiled, ...]:
+    """What samples and scores rollouts of each size; the largest come first, under the plain names."""
+    rollouts = collections.Counter(rows_sampled(shapes.config))
+    found = []
+    for rows in sorted(rollouts, reverse=True):
+        part, name = programs.a_part(shapes, rows), "{}, {} rows" if found else "{}"
+        found += [
+            dataclasses.replace(one, name=name.format(one.name, rows), runs=one.runs * rollouts[rows])
+            for one in (*programs.compile_sampling(part), *programs.compile_scoring(part))
+        ]
+    return tuple(found)
 
 
 def largest(shapes: Shapes, at: Callable[[int], Plan]) -> Plan:

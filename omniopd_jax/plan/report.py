@@ -51,23 +51,23 @@ def _parts(config: Config) -> str:
 
 def _memory(plan: Plan) -> str:
     lines = ["GiB a chip"]
-    lines += [f"  {name:<24}{_figure(size / _GIB):>10}" for name, size in plan.held.items()]
+    lines += [f"  {name:<36}{_figure(size / _GIB):>10}" for name, size in plan.held.items()]
     for one in plan.programs:
-        lines.append(f"  {'temporaries, ' + one.name:<24}{_number(one.temporaries / _GIB, one):>10}")
+        lines.append(f"  {'temporaries, ' + one.name:<36}{_number(one.temporaries / _GIB, one):>10}")
     worst = max(plan.programs, key=plan.peak)
-    lines.append(f"  {'peak':<24}{_figure(plan.peak(worst) / _GIB):>10}  ({worst.name})")
+    lines.append(f"  {'peak':<36}{_figure(plan.peak(worst) / _GIB):>10}  ({worst.name})")
     if plan.capacity is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(f"  {'usable':<24}{_figure(plan.capacity / _GIB):>10}  → {verdict}")
+        lines.append(f"  {'usable':<36}{_figure(plan.capacity / _GIB):>10}  → {verdict}")
     return "\n".join(lines)
 
 
 def _programs(plan: Plan) -> str:
-    lines = [f"{'a chip, a step':<18}{'TFLOP':>10}{'GB moved':>10}  {'GB sent by axis':>40}{'compiled in':>13}"]
+    lines = [f"{'a chip, a step':<28}{'TFLOP':>10}{'GB moved':>10}  {'GB sent by axis':>40}{'compiled in':>13}"]
     for one in plan.programs:
         sent = ", ".join(f"{axis} {_figure(size * one.runs / 1e9)}" for axis, size in one.sent.items()) or "–"
         lines.append(
-            f"  {one.name:<16}{_number(one.cost.flops * one.runs / 1e12, one):>10}"
+            f"  {one.name:<26}{_number(one.cost.flops * one.runs / 1e12, one):>10}"
             f"{_number(one.cost.bytes * one.runs / 1e9, one):>10}  {sent:>40}{one.seconds:>11.0f} s"
         )
     return "\n".join(lines)
@@ -79,12 +79,12 @@ def _time(plan: Plan) -> str:
         return "No roofline: nothing is known of this CPU."
     if seconds is None:
         return "No time is estimated for a run that does not fit."
-    lines = [f"{'seconds':<18}{'compute':>10}{'memory':>10}{'network':>10}{'bound by':>12}"]
+    lines = [f"{'seconds':<28}{'compute':>10}{'memory':>10}{'network':>10}{'bound by':>12}"]
     for one in plan.programs:
         time = plan.roofline(one)
         assert time is not None
         lines.append(
-            f"  {one.name:<16}{time.compute:>10.2f}{time.memory:>10.2f}{time.network:>10.2f}{time.bound_by:>12}"
+            f"  {one.name:<26}{time.compute:>10.2f}{time.memory:>10.2f}{time.network:>10.2f}{time.bound_by:>12}"
         )
     steps = plan.config.train.steps
     lines.append(

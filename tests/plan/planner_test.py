@@ -58,11 +58,14 @@ def test_the_report_says_what_is_asked(planned):
 
 def test_a_batch_in_parts_is_planned_in_parts(planned, tmp_path):
     _, whole, _ = planned
-    done = _run(*TINY, "--config.pipeline.micro_batches=2", f"--json={tmp_path / 'parts.json'}")
+    parts = ("--config.rollout.batch_size=16", "--config.pipeline.micro_batches=4")  # rollouts of 4, 4 and 8
+    done = _run(*TINY, *parts, f"--json={tmp_path / 'parts.json'}")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "parts.json").read_text())
     runs = {one["name"]: one["runs_a_step"] for one in found["programs"]}
-    assert runs == {"prefill": 2, "decode": 2, "gradients": 2, "update": 1}
+    assert runs == {
+        "prefill": 1, "decode": 1, "prefill, 4 rows": 2, "decode, 4 rows": 2, "gradients": 4, "update": 1,
+    }  # fmt: skip
     assert found["micro_batch"] == whole["micro_batch"] / 2
     held, programs = found["held_bytes"], {one["name"]: one for one in found["programs"]}
     assert held["gradients"] == held["parameters"], "float32, as the parameters"
@@ -71,7 +74,8 @@ def test_a_batch_in_parts_is_planned_in_parts(planned, tmp_path):
         one = programs[name]
         assert one["peak_bytes"] >= one["argument_bytes"] + one["temporary_bytes"] + others, name
     flops = [sum(one["flops"] * one["runs_a_step"] for one in plan["programs"]) for plan in (found, whole)]
-    assert flops[0] == pytest.approx(flops[1], rel=0.05), "the same arithmetic"
+    assert flops[0] == pytest.approx(2 * flops[1], rel=0.05), "the same arithmetic a response"
+    assert programs["decode"]["argument_bytes"] > programs["decode, 4 rows"]["argument_bytes"]
 
 
 def test_what_is_held_is_what_the_step_is_given(planned):
