@@ -33,6 +33,9 @@ _CORES = flags.DEFINE_list("cores", [], "Cores to which every contestant is pinn
 _CLOCK = flags.DEFINE_enum(
     "clock", "wall", ["wall", "cpu"], "cpu: seconds of the process itself, where others use the machine as well."
 )
+_APART = flags.DEFINE_bool(
+    "apart", False, "Contestants one after the other, not in turns; always so on a TPU, which serves one process."
+)
 _PEERS = flags.DEFINE_bool("peers", False, "Have transformers, TRL and Tunix do the same work.")
 _JSON = flags.DEFINE_string("json", None, "File that the records are added to.")
 _TABLES = flags.DEFINE_string("tables", None, "Print the tables of such a file, measure nothing.")
@@ -47,10 +50,10 @@ def main() -> None:
         else:
             print(text)
         return
-    settings = contest.Settings(repeats=_REPEATS.value, cores=_cores(), clock=_CLOCK.value)
+    settings = contest.Settings(repeats=_REPEATS.value, cores=_cores(), clock=_CLOCK.value, is_apart=_APART.value)
     contest.pin(settings.cores)
     cache, scripts = suites.cache_folder(), Path(__file__).parent / "peers"
-    rates = contest.Process(contest.Entrant("machine", {"work": "machine", "dtype": _DTYPE.value}), settings)
+    rates = contest.Machine(contest.Entrant("machine", {"work": "machine", "dtype": _DTYPE.value}), settings)
     dtype = rates.about["dtype"]
     options = suites.Options(
         models=tuple(_MODEL.value),
@@ -65,7 +68,7 @@ def main() -> None:
     about = machine.describe(rates.about["device"])
     try:
         for work in suites.contests(_SUITE.value, options):
-            records = [record | about for record in contest.hold(work, settings, rates, _say)]
+            records = [record | about for record in contest.hold(work, rates, _say)]
             print(tables.summary(records), flush=True)
             if _JSON.value:
                 with open(_JSON.value, "a", encoding="utf-8") as file:

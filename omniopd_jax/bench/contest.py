@@ -51,6 +51,7 @@ class Settings:
     repeats: int
     cores: tuple[int, ...]  # to which this process and all contestants are pinned; () leaves them alone
     clock: str  # "wall", or "cpu": the process's own seconds, for machines that others use too
+    is_apart: bool = False  # contestants one after the other: a TPU serves one process at a time
 
 
 def pin(cores: tuple[int, ...]) -> None:
@@ -120,39 +121,63 @@ class Process:
         self._said.close()
 
 
-def hold(contest: Contest, settings: Settings, machine: Process, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Runs a contest: everybody prepares, then they take turns, then memory is watched.
+class Machine:
+    """Measures the machine's rates, in a process of its own, which waits between the contests where it may.
+
+    `settings` are those asked for, contestants apart where the device wants it.
+    """
+
+    def __init__(self, entrant: Entrant, settings: Settings):
+        self._entrant = entrant
+        process = Process(entrant, settings)
+        self.about = process.about
+        self.settings = dataclasses.replace(settings, is_apart=settings.is_apart or self.about["platform"] == "tpu")
+        self._process: Process | None = process
+        if self.settings.is_apart:
+            self.close()
+
+    def rates(self) -> dict[str, Any]:
+        if self._process is not None:
+            return self._process.ask(run=True)
+        process = Process(self._entrant, self.settings)
+        try:
+            return process.ask(run=True)
+        finally:
+            process.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._process = None
+
+
+@dataclasses.dataclass
+class _Run:
+    """What came of one contestant."""
+
+    times: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    memory_mib: float = 0.0
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+
+def hold(contest: Contest, machine: Machine, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Runs a contest: everybody prepares, then they take turns, then memory is watched; apart, one after the other.
 
     Args:
-      machine: the process that measures the machine's rates (`machine.prepare`); asked before and after the turns.
+      machine: asked before and after the turns.
       say: told what is going on.
 
     Returns:
       One record an entrant, in the order given; a contestant that fails has "error" in its record, and "ours" may not.
     """
-    running: dict[str, Process] = {}
-    failed: dict[str, str] = {}
-    try:
-        for entrant in contest.entrants:
-            say(f"{contest.work} {contest.model}: {entrant.name} prepares")
-            try:
-                running[entrant.name] = Process(entrant, settings)
-            except ContestError as error:
-                if entrant.name == "ours":
-                    raise
-                failed[entrant.name] = str(error)
-        rates = [machine.ask(run=True)]
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for turn in range(settings.repeats):
-            say(f"{contest.work} {contest.model}: turn {turn + 1} of {settings.repeats}")
-            for name, process in running.items():
-                turns[name].append(process.ask(run=True))
-        rates.append(machine.ask(run=True))
-        memory = {name: process.ask(weigh=True)["extra_memory_mib"] for name, process in running.items()}
-        abouts = {name: process.about for name, process in running.items()}
-    finally:
-        for process in running.values():
-            process.close()
+    settings = machine.settings
+    groups = [[entrant] for entrant in contest.entrants] if settings.is_apart else [contest.entrants]
+    before = machine.rates()
+    runs: dict[str, _Run] = {}
+    for group in groups:
+        runs |= _side_by_side(contest, group, settings, say)
+    rates = [before, machine.rates()]
     best = {
         "flops_per_s": max(rate.get(key, 0.0) for rate in rates for key in ("xla_flops_per_s", "blas_flops_per_s")),
         "xla_flops_per_s": max(rate["xla_flops_per_s"] for rate in rates),
@@ -161,14 +186,41 @@ def hold(contest: Contest, settings: Settings, machine: Process, say: Callable[[
     records = []
     for entrant in contest.entrants:
         head = {"work": contest.work, "model": contest.model, "entrant": entrant.name} | dict(contest.shape)
-        if entrant.name in failed:
-            records.append(head | {"error": failed[entrant.name][-600:]})
+        run = runs[entrant.name]
+        if run.error:
+            records.append(head | {"error": run.error[-600:]})
             continue
-        times = turns[entrant.name]
-        record = head | _summary(contest, times, settings, best)
-        record["extra_memory_mib"] = round(memory[entrant.name], 1)
-        records.append(record | abouts[entrant.name] | {"machine": best})
+        record = head | _summary(contest, run.times, settings, best)
+        record["extra_memory_mib"] = round(run.memory_mib, 1)
+        records.append(record | run.about | {"machine": best})
     return _with_ratios(contest, records)
+
+
+def _side_by_side(
+    contest: Contest, entrants: Sequence[Entrant], settings: Settings, say: Callable[[str], None]
+) -> dict[str, _Run]:
+    """Name → what came of it, of contestants whose processes live at the same time."""
+    running: dict[str, Process] = {}
+    runs = {entrant.name: _Run() for entrant in entrants}
+    try:
+        for entrant in entrants:
+            say(f"{contest.work} {contest.model}: {entrant.name} prepares")
+            try:
+                running[entrant.name] = Process(entrant, settings)
+            except ContestError as error:
+                if entrant.name == "ours":
+                    raise
+                runs[entrant.name].error = str(error)
+        for turn in range(settings.repeats):
+            say(f"{contest.work} {contest.model}: turn {turn + 1} of {settings.repeats}")
+            for name, process in running.items():
+                runs[name].times.append(process.ask(run=True))
+        for name, process in running.items():
+            runs[name].memory_mib, runs[name].about = process.ask(weigh=True)["extra_memory_mib"], process.about
+    finally:
+        for process in running.values():
+            process.close()
+    return runs
 
 
 def _summary(

@@ -42,7 +42,7 @@ def prepare(spec: Spec) -> Work:
         rates["bytes_per_s"] = stream.nbytes / _seconds(lambda: jax.block_until_ready(columns(stream)))
         return rates
 
-    return Work(run, about={"device": jax.devices()[0].device_kind, "dtype": name})
+    return Work(run, about={"device": jax.devices()[0].device_kind, "platform": backend, "dtype": name})
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -9,19 +9,23 @@ from configs import base
 from omniopd_jax.bench import contest, peers, shapes, suites, tables
 from omniopd_jax.types import InputError
 
-# A contestant that needs no library: `seconds` of pretended work, `mib` of real memory.
+# A contestant that needs no library: `seconds` of pretended work, `mib` of real memory, a device for one process alone.
 PLAYER = """
+import atexit, os
 from omniopd_jax.bench.protocol import Work, serve
 
 def prepare(spec):
     if spec["seconds"] < 0:
         raise ValueError("cannot be prepared")
+    if spec["device"]:
+        os.mkdir(spec["device"])
+        atexit.register(os.rmdir, spec["device"])
     def run():
         print("noise on stdout")
         block = b"1" * (spec["mib"] * 2**20)
         return {"wall_s": spec["seconds"], "cpu_s": 2 * spec["seconds"], "tokens": 100,
                 "xla_flops_per_s": 1e9, "bytes_per_s": 1e9, "seen": len(block) > 0}
-    return Work(run, about={"versions": {"player": "1"}})
+    return Work(run, about={"versions": {"player": "1"}, "platform": spec["platform"]})
 
 serve(prepare)
 """
@@ -31,9 +35,12 @@ serve(prepare)
 def player(tmp_path_factory):
     path = tmp_path_factory.mktemp("player") / "player.py"
     path.write_text(PLAYER, encoding="utf-8")
-    return lambda name, seconds, mib=0: contest.Entrant(
-        name, {"seconds": seconds, "mib": mib}, (sys.executable, str(path))
-    )
+
+    def entrant(name, seconds, mib=0, device="", platform="cpu"):
+        spec = {"seconds": seconds, "mib": mib, "device": str(device), "platform": platform}
+        return contest.Entrant(name, spec, (sys.executable, str(path)))
+
+    return entrant
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,9 @@ def records(player):
         cost=shapes.Cost(((1e9, 0.0), (0.0, 5e8))),
         bar=1.5,
     )
-    machine = contest.Process(player("machine", 0.1), settings)
+    machine = contest.Machine(player("machine", 0.1), settings)
     try:
-        return contest.hold(held, settings, machine, lambda text: None)
+        return contest.hold(held, machine, lambda text: None)
     finally:
         machine.close()
 
@@ -83,8 +90,25 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(records):
 def test_ours_may_not_fail(player):
     settings = contest.Settings(repeats=1, cores=(), clock="wall")
     held = contest.Contest("play", "A", {}, [player("ours", -1.0)], tokens=0, cost=None)
+    machine = contest.Machine(player("machine", 0.1), settings)
     with pytest.raises(contest.ContestError, match="cannot be prepared"):
-        contest.hold(held, settings, None, lambda text: None)  # pyright: ignore[reportArgumentType]
+        contest.hold(held, machine, lambda text: None)
+    machine.close()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_tpu_never_has_two_processes_on_it(player, tmp_path, platform):
+    players = [player(name, seconds, device=tmp_path / "chip") for name, seconds in (("ours", 0.5), ("slow", 1.0))]
+    held = contest.Contest("play", "A", {}, players, tokens=0, cost=None)
+    chip = tmp_path / "chip" if platform == "tpu" else ""
+    machine = contest.Machine(player("machine", 0.1, device=chip, platform=platform), contest.Settings(2, (), "wall"))
+    ours, slow = contest.hold(held, machine, lambda text: None)
+    machine.close()
+    assert ours["repeats"] == 2
+    if platform == "tpu":
+        assert ours["faster_than_best"] == 2
+    else:
+        assert "File exists" in slow["error"]
 
 
 def test_tables_hold_the_last_contest_of_each_kind(records, tmp_path):
