@@ -72,7 +72,10 @@ def _timed(work: Work) -> dict[str, Any]:
 
 
 def _weigh(work: Work) -> float:
-    """MiB that exist during the work beside what exists before it (weights, optimizer state, programs)."""
+    """MiB that exist during the work beside what exists before it (weights, optimizer state, programs).
+
+    On an accelerator by the allocator's peak, which jax never resets: too much where preparing took more than the work.
+    """
     gc.collect()
     if work.memory is not None:
         before, _ = work.memory()

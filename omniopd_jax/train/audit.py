@@ -36,19 +36,19 @@ class Audit(NamedTuple):
 def audit(
     experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
 ) -> Generator[Audit]:
-    """The audits of a batch's micro-batches, in order: one is sampled while the teacher works on the one before, and
-    each is yielded while the teacher works on those behind it.
+    """The audits of a batch's parts, in order: the teacher works on those that are there while more are sampled, and each
+    is yielded while it works on those behind.
 
     Args:
       experiment: the run.
-      parts: the micro-batches: a batch, its rollout, anchors and branches. Host arrays, whole on every process. All are
+      parts: the parts: a batch, its rollout, anchors and branches. Host arrays, whole on every process. All are
         sampled before the first audit is yielded.
       step: for messages and audits.
       interrupts: cut a wait for the teacher short.
       clock: of the phase "audit", which then runs beside "sample" and "update".
 
     Yields:
-      The audit of each micro-batch, whole on every process.
+      The audit of each part, whole on every process.
 
     Raises:
       TeacherStopped, Interrupted: on this process.
@@ -134,7 +134,7 @@ def united(parts: Sequence[Audit]) -> Audit:
 
 
 def joined(parts: Sequence[Audit]) -> Audit:
-    """One audit from those of a batch's micro-batches, asked one after the other; rows follow each other."""
+    """One audit from those of a batch's parts, asked one after the other; rows follow each other."""
     if len(parts) == 1:
         return parts[0]
     verdicts = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(_arrays(part.verdicts) for part in parts))

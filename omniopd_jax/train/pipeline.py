@@ -1,4 +1,4 @@
-"""Rollout, audit and gradients of one batch side by side: while the teacher works on one micro-batch, the next is
+"""Rollout, audit and gradients of one batch side by side: while the teacher works on the parts that are there, more are
 sampled; once all are sampled, gradients are taken of those that it is done with.
 
 All of it happens under the same parameters and one optimizer step follows at the end, so the overlap changes when
@@ -43,7 +43,7 @@ def rows_sampled(config: Config) -> list[int]:
     """Responses of each rollout of a batch: those of some of the `parts_audited`, which are sampled together.
 
     Unless the config says how many rollouts there are, each takes as many parts as all before it: the teacher has its
-    first part early, and while it works on what it has, as much again is sampled.
+    first part early, and few rollouts are small, each of which reads all weights for every token.
     """
     parts = parts_audited(config)
     rows = config.rollout.batch_size // parts

@@ -165,3 +165,34 @@ def test_inputs_that_do_not_fit_are_refused_in_one_sentence(model):
         sample_branches(model, trunk, START, VALID, _keys([0, 1, 2]), **(options | dict(prompt_width=0)))
     with pytest.raises(ValueError, match="num_branches and length"):
         sample_branches(model, trunk, START, VALID, _keys([0, 1, 2]), **(options | dict(length=0)))
+
+
+def test_a_branch_adds_its_own_columns_and_no_copy_of_the_trunk():
+    """The compiler's own figures for a trunk of 512 columns in four layers; nothing is computed."""
+    columns, length, layers, heads, width = 512, 9, 4, 2, 32
+    decoder = models.decoder_config(
+        dict(
+            architectures=["Qwen3ForCausalLM"], vocab_size=64, hidden_size=32, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, head_dim=width, intermediate_size=32,
+            rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=columns,
+        )
+    )  # fmt: skip
+    model = jax.eval_shape(lambda: models.init_model(decoder, jax.random.key(0)))
+
+    def temporaries(num_branches):
+        def run(model, tokens, mask, start, is_valid):
+            trunk = read_trunk(model, tokens, mask)
+            keys = jax.random.split(jax.random.key(0), 1)
+            return sample_branches(
+                model, trunk, start, is_valid, keys, prompt_width=8, num_branches=num_branches, length=length
+            )
+
+        shapes = [((1, columns), "int32"), ((1, columns), "bool"), ((1, 2), "int32"), ((1, 2), "bool")]
+        compiled = jax.jit(run).lower(model, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = 8, 40
+    a_branch = (temporaries(many) - temporaries(few)) / (2 * (many - few))
+    a_column = 2 * layers * heads * width * 4  # keys and values
+    print(f"{a_branch / 2**10:.1f} KiB a branch, its own columns {(length - 1) * a_column / 2**10:.1f} KiB")
+    assert (length - 1) * a_column <= a_branch < 2 * (length - 1) * a_column
