@@ -151,7 +151,7 @@ def get_config() -> ConfigDict:
             eval=dict(
                 every=0,  # steps; 0: never during training
                 problems=256,  # rows of data.eval
-                batch_size=256,
+                batch_size=256,  # answers decoded side by side; 0: as many as a step of training decodes
                 max_new_tokens=0,  # 0: rollout.max_new_tokens
                 samples=1,  # k: samples a problem at temperature 1
                 task="auto",  # layout and judge: auto (math; a world's own) | gsm8k | math | aime | amc | olympiad |

@@ -56,7 +56,7 @@ def get_config(row: str = "1p7b,math,omniopd,qwen3_32b") -> ConfigDict:
     config.rollout.update(batch_size=128, samples_per_prompt=4, max_new_tokens=4096)
     config.train.update(steps=200, micro_batch_size=64, remat="full", checkpoint_best="eval/greedy_accuracy")
     config.reference.dtype = "bfloat16"
-    config.eval.update(every=20, problems=500, batch_size=512)
+    config.eval.update(every=20, problems=500, batch_size=0)
     if domain == "math":
         config.eval.task = "math"
     else:

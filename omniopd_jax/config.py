@@ -379,7 +379,6 @@ _POSITIVE = (
     "train.checkpoint_keep",
     "pipeline.micro_batches",
     "eval.problems",
-    "eval.batch_size",
     "eval.samples",
     "eval.timeout_s",
     "eval.memory_mb",
@@ -397,6 +396,7 @@ _POSITIVE = (
     "world.learning_rate",
 )
 _NOT_NEGATIVE = (
+    "eval.batch_size",
     "lora.rank",
     "teacher.temperature",
     "teacher.requests_per_minute",

@@ -157,7 +157,7 @@ class _Run:
 
     times: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     memory_mib: float = 0.0
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: str = ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omniopd_jax.config import Config
 from omniopd_jax.plan.planner import Plan
 from omniopd_jax.plan.programs import Compiled
-from omniopd_jax.train.pipeline import parts_audited, parts_learnt, rows_sampled
+from omniopd_jax.train.pipeline import parts_audited, parts_learnt, rows_decoded, rows_sampled
 from omniopd_jax.types import InputError
 
 _GIB = 2**30
@@ -25,8 +25,8 @@ def _head(plan: Plan) -> str:
     config = plan.config
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     audit = config.audit
-    sampled = max(rows_sampled(config))
-    slots = f", {config.rollout.slots} decoded at a time" if 0 < config.rollout.slots < sampled else ""
+    at_a_time = rows_decoded(config)
+    slots = f", {at_a_time} decoded at a time" if at_a_time < max(rows_sampled(config)) else ""
     lines = [
         f"{plan.student} on {plan.topology.name}: {len(plan.topology.devices)} chips, mesh {mesh}",
         f"{config.rollout.batch_size} responses a step of up to {config.rollout.max_new_tokens} tokens{slots}; prompts "

@@ -36,8 +36,8 @@ class Audit(NamedTuple):
 def audit(
     experiment: Experiment, parts: Iterable[Evidence], *, step: int, interrupts: Interrupts, clock: Clock
 ) -> Generator[Audit]:
-    """The audits of a batch's parts, in order: the teacher works on those that are there while more are sampled, and each
-    is yielded while it works on those behind.
+    """The audits of a batch's parts, in order: the teacher works on those that are there while more are sampled, and
+    each is yielded while it works on those behind.
 
     Args:
       experiment: the run.

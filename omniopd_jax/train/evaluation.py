@@ -13,6 +13,7 @@ from omniopd_jax.eval.tasks import read_task
 from omniopd_jax.eval.verdict import Verdict
 from omniopd_jax.models import Model
 from omniopd_jax.train import distributed
+from omniopd_jax.train.pipeline import rows_decoded
 from omniopd_jax.train.stops import RunStopped
 from omniopd_jax.types import Prompt
 
@@ -132,7 +133,7 @@ def measure(
             judge,
             temperature=temperature,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-            batch_size=config.eval.batch_size,
+            batch_size=config.eval.batch_size or rows_decoded(config),
             samples=config.eval.samples if temperature else 1,
             seed=config.train.seed,
             template_args=config.data.template_args,

@@ -56,6 +56,12 @@ def rows_sampled(config: Config) -> list[int]:
     return [count * rows for count in counts]
 
 
+def rows_decoded(config: Config) -> int:
+    """Responses that are decoded side by side: the slots, or the rows of the largest rollout."""
+    rows, slots = max(rows_sampled(config)), config.rollout.slots
+    return slots if 0 < slots < rows else rows
+
+
 def parts_learnt(config: Config) -> int:
     """Parts of a batch whose gradients are taken one by one, each as soon as the teacher is done with it.
 

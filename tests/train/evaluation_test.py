@@ -72,6 +72,15 @@ def test_the_evaluator_reports_both_modes_and_the_main_metric(make_config, model
         judge_of(config, prompts).all(["18"], ["18"])
 
 
+def test_answers_are_decoded_side_by_side_as_asked_or_as_in_training(make_config, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, batch_size, **__: decoded.append(batch_size))
+    for asked in (8, 0):
+        config = make_config(**{"eval.batch_size": asked, "rollout.slots": 3})
+        evaluation.measure(config, *[None] * 4)  # pyright: ignore[reportArgumentType]
+    assert decoded == [8, 8, 3, 3]
+
+
 def test_each_answer_is_judged_by_one_process_and_all_have_all_verdicts(make_config, prompts, monkeypatch):
     asked = ["nobody yet"]
 

@@ -314,6 +314,12 @@ def test_a_rollout_takes_as_many_responses_as_all_before_it(parts):
     assert rows[-1] <= sum(rows[:-1]) or parts == 1
 
 
+def test_as_many_are_decoded_side_by_side_as_a_rollout_or_its_slots_have():
+    given = {"rollout.batch_size": 24, "pipeline.micro_batches": 8}  # rollouts of 3, 3, 6 and 12
+    for slots, rows in ((0, 12), (4, 4), (12, 12), (20, 12)):
+        assert pipeline.rows_decoded(tiny_config(**given, **{"rollout.slots": slots})) == rows
+
+
 def test_the_config_may_say_how_many_rollouts_there_are_but_not_for_an_arm_without_chunks():
     given = {"rollout.batch_size": 24, "pipeline.micro_batches": 8}
     assert pipeline.rows_sampled(tiny_config(**given, **{"pipeline.rollouts": 2})) == [12, 12]
