@@ -255,7 +255,9 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
     config, mesh, model, rule = shapes.config, shapes.mesh, shapes.student, _rule(shapes)
     rollout, whole = config.rollout, sharding.replicated(shapes.mesh)
     tokens_WxP, mask_WxP, keys_W = _prompts(shapes, rollout.batch_size)
-    lowered = refill.empty_slots.lower(model, tokens_WxP, slots=rollout.slots, max_new_tokens=rollout.max_new_tokens)
+    longest = rollout.max_new_tokens
+    columns = refill.ring_sizes(config.data.max_prompt_tokens, longest)[-1]
+    lowered = refill.empty_slots.lower(model, tokens_WxP, slots=rollout.slots, max_new_tokens=longest, columns=columns)
     empty = compiled("empty slots", lowered, mesh)
     if empty.too_large:
         return [empty]
@@ -263,10 +265,10 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
     row_F = jax.ShapeDtypeStruct((group,), jnp.int32, sharding=whole)
     lowered = refill.admit.lower(model, empty.result, tokens_WxP, mask_WxP, keys_W, row_F, row_F, rule=rule)
     admit = compiled("prefill", lowered, mesh)
-    num_left = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    lowered = refill.decode_round.lower(model, empty.result, keys_W, num_left, rule=rule)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    lowered = refill.decode_round.lower(model, empty.result, keys_W, number, number, rule=rule)
     # At the worst every response is of full length: so many rounds, one after the other.
-    turns = rollout.max_new_tokens * -(-rollout.batch_size // rollout.slots)
+    turns = longest * -(-rollout.batch_size // rollout.slots)
     admissions = -(-rollout.batch_size // group)
     return [dataclasses.replace(admit, runs=admissions), compiled("decode", lowered, mesh, turns=turns)]
 

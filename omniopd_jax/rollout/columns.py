@@ -1,8 +1,9 @@
-"""Columns of a key/value cache: more of them, and prompts put into rows whose response has ended."""
+"""Columns of a key/value cache: how many there are, and prompts put into rows whose response has ended."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,19 @@ import jax.numpy as jnp
 from omniopd_jax.models import KVCache
 from omniopd_jax.types import Array
 
+FIRST_SEGMENT = 256  # response tokens that the cache has room for at first
 TILE = 128  # an array whose last axis is a multiple of it is stored on a TPU as the decoding loop wants it
+
+
+def segments(max_new_tokens: int) -> tuple[int, ...]:
+    """Response lengths at which the cache grows: doubling, so that a short response never pays for the longest.
+
+    A step attends to every column of the cache, written or not, and a long cache takes its memory from the start.
+    """
+    lengths = [FIRST_SEGMENT]
+    while lengths[-1] < max_new_tokens:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], max_new_tokens)
 
 
 def roomy(columns: int) -> int:
@@ -31,6 +44,32 @@ def widen(cache: KVCache, columns: int) -> KVCache:
         return jnp.pad(array, [(0, spare if i == axis else 0) for i in range(array.ndim)])
 
     return _along_columns(pad, cache)
+
+
+def resized(cache: KVCache, columns: int) -> KVCache:
+    """The ring (see `replace_rows`) with another number of columns: those written last, as many as have room.
+
+    One array after the other, each given up for its successor: two caches never lie side by side.
+    """
+    kept = min(columns, cache.mask_BxS.shape[1])
+    length = cache.length
+
+    def resize(array: Array, axis: int) -> Array:
+        new = _resized(array, length, columns=columns, axis=axis)
+        array.delete()
+        return new
+
+    return dataclasses.replace(_along_columns(resize, cache), length=jnp.full_like(length, kept))
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "axis"))
+def _resized(array: Array, length: Array, *, columns: int, axis: int) -> Array:
+    """The last columns before `length`, oldest first, then nothing."""
+    before = array.shape[axis]
+    number = jnp.arange(columns)
+    kept = min(columns, before)
+    place = jnp.where(number < kept, (length - kept + number) % before, before)
+    return jnp.take(array, place, axis=axis, mode="fill", fill_value=0)
 
 
 def replace_rows(cache: KVCache, new: KVCache, source_B: Array, is_replaced_B: Array) -> KVCache:

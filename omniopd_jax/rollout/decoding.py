@@ -95,7 +95,7 @@ def decode(
     rule: SamplingRule,
     *,
     limit: int,
-    until: int,
+    until: Array | int,
     num_left: Array | int = 0,
 ) -> DecodingState:
     """Draws until a column is reached or few enough rows are active.

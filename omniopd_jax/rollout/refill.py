@@ -1,9 +1,10 @@
 """Continuous batching: W prompts on fewer slots; a slot whose response has ended takes the next waiting prompt.
 
-The device decodes until a few slots are idle; the host then looks at one small array, hands the idle slots to waiting
-prompts, and lets it go on. When nobody waits any more, the responses that are left move into half as many slots
-whenever these are enough, so that the last ones do not pay for slots that stand idle. All else stays on the device, and
-nothing but the halved sizes is compiled anew.
+The device decodes until a few slots are idle; the host then looks at two small arrays, hands the idle slots to waiting
+prompts, and lets it go on. The cache has room for the longest of the responses that are being decoded, not for the
+longest that may come. When nobody waits any more, the responses that are left move into half as many slots whenever
+these are enough, so that the last ones do not pay for slots that stand idle. All else stays on the device, and nothing
+but the sizes is compiled anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flax import struct
 from omniopd_jax import gathering, models
 from omniopd_jax.models.layout import Layout, full_rows
 from omniopd_jax.rollout import decoding, sampling
-from omniopd_jax.rollout.columns import replace_rows, roomy, widen
+from omniopd_jax.rollout.columns import replace_rows, resized, roomy, segments, widen
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
 
@@ -28,7 +29,7 @@ from omniopd_jax.types import Array, Rollout
 class Slots:
     """B slots between two rounds, and what all W responses have so far. A slot that never had a prompt has row W."""
 
-    cache: models.KVCache  # P + T - 1 columns or a few more, used as a ring: no response needs more
+    cache: models.KVCache  # columns used as a ring, never fewer than an active slot's prompt and tokens
     row_B: Array  # int32, which of the W prompts the slot works on
     token_B: Array  # int32, the last drawn token, not in the cache yet
     drawn_B: Array  # int32, tokens drawn so far
@@ -56,17 +57,20 @@ def sample(
     group = group_of(slots, layout)
     # Rows of one device may move together; rows that lie on several stay where they are.
     fewest = group if layout is None or layout.mesh.size == 1 else slots
-    state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens)
+    width = tokens_WxP.shape[1]
+    sizes = ring_sizes(width, max_new_tokens)
+    columns = sizes[0]
+    state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens, columns=columns)
     stepper = decoding.stepper(model, slots)
     waiting = 0  # the next prompt to be admitted
-    is_active = np.zeros(slots, bool)
+    is_active, drawn = np.zeros(slots, bool), np.zeros(slots, np.int32)
     while True:
         idle = np.flatnonzero(~is_active)
         while waiting < num_prompts and len(idle) >= group:
             rows = np.arange(waiting, waiting + group)
             row_F, slot_F = np.minimum(rows, num_prompts).astype(np.int32), idle[:group].astype(np.int32)
             state = admit(model, state, tokens_WxP, mask_WxP, keys_W, row_F, slot_F, rule=rule)
-            is_active[slot_F] = True
+            is_active[slot_F], drawn[slot_F] = True, 1
             waiting, idle = waiting + group, idle[group:]
         is_waiting = waiting < num_prompts
         size = len(is_active)
@@ -74,14 +78,21 @@ def sample(
             # Nobody waits and half the slots are idle: what is left goes on in half as many.
             size = size // 2
             kept = np.argsort(~is_active, kind="stable")[:size].astype(np.int32)
-            state, is_active = _keep(state, kept), is_active[kept]
+            state, is_active, drawn = _keep(state, kept), is_active[kept], drawn[kept]
         if is_waiting:
             num_left = slots - group
         else:
             num_left = size // 2 if size > fewest else 0
         if is_active.sum() > num_left or is_waiting:
-            state = decode_round(stepper, state, keys_W, np.int32(num_left), rule=rule)
-            is_active = np.array(gathering.whole(state.is_active_B))
+            # A response of n tokens has n - 1 in the cache; those of full length have ended, known here or not.
+            longest = min(int(drawn.max(where=is_active, initial=0)), max_new_tokens - 1)
+            fitting = fitting_size(sizes, columns, width, longest)
+            if fitting != columns:
+                columns = fitting
+                state = dataclasses.replace(state, cache=resized(state.cache, columns))
+            steps = columns - width - longest + 1
+            state = decode_round(stepper, state, keys_W, np.int32(num_left), np.int32(steps), rule=rule)
+            is_active, drawn = map(np.array, gathering.whole((state.is_active_B, state.drawn_B)))
         if not is_waiting and not is_active.any():
             break
     return Rollout(
@@ -95,19 +106,29 @@ def sample(
     )
 
 
+def ring_sizes(width: int, max_new_tokens: int) -> tuple[int, ...]:
+    """Columns that a cache may have, ascending; the last have room for whole responses to prompts of `width`."""
+    return tuple(roomy(width + tokens - 1) for tokens in segments(max_new_tokens))
+
+
+def fitting_size(sizes: tuple[int, ...], columns: int, width: int, longest: int) -> int:
+    """The smallest of the sizes that holds a prompt and `longest` tokens; below `columns` with a quarter to spare."""
+    return next(size for size in sizes if longest <= (size - width) * (1 if size >= columns else 0.75))
+
+
 def group_of(slots: int, layout: Layout | None) -> int:
     """Prompts admitted at a time: a few share the prefill's cost, and until then fewer slots than that stand idle."""
     return min(slots, full_rows(layout, max(1, slots // 8)))
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "max_new_tokens"))
-def empty_slots(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens: int) -> Slots:
-    """Slots that never had a prompt."""
+@functools.partial(jax.jit, static_argnames=("slots", "max_new_tokens", "columns"))
+def empty_slots(model: models.Model, tokens_WxP: Array, *, slots: int, max_new_tokens: int, columns: int) -> Slots:
+    """Slots that never had a prompt, with a cache of so many columns."""
     num_prompts, width = tokens_WxP.shape
     nothing = jnp.zeros((slots, 1), jnp.int32)
     _, cache = models.read(model, nothing, nothing > 0, cache_length=1)
     assert cache is not None  # a length was given
-    cache = widen(cache, roomy(width + max_new_tokens - 1))
+    cache = widen(cache, columns)
     shape = (num_prompts, max_new_tokens)
     return Slots(
         cache=dataclasses.replace(cache, length=jnp.asarray(width, jnp.int32)),
@@ -175,8 +196,10 @@ def _keep(state: Slots, slot_F: Array) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="rule", donate_argnames="state")
-def decode_round(model: models.Model, state: Slots, keys_W: Array, num_left: Array, *, rule: SamplingRule) -> Slots:
-    """Decodes until no more than `num_left` slots are active, or the longest response fits."""
+def decode_round(
+    model: models.Model, state: Slots, keys_W: Array, num_left: Array, steps: Array, *, rule: SamplingRule
+) -> Slots:
+    """Decodes until no more than `num_left` slots are active, so many steps at most."""
     (num_prompts, limit), columns = state.tokens_WxT.shape, state.cache.mask_BxS.shape[1]
     stepper = models.for_decoding(model)
 
@@ -192,7 +215,7 @@ def decode_round(model: models.Model, state: Slots, keys_W: Array, num_left: Arr
         keys_W[jnp.minimum(state.row_B, num_prompts - 1)],
         rule,
         limit=limit,
-        until=limit,
+        until=jnp.minimum(steps, limit),
         num_left=num_left,
     )
     state = dataclasses.replace(

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 
 from omniopd_jax import models
 from omniopd_jax.rollout import decoding, refill, sampling
-from omniopd_jax.rollout.columns import roomy, widen
+from omniopd_jax.rollout.columns import roomy, segments, widen
 from omniopd_jax.rollout.decoding import DecodingState
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
-
-FIRST_SEGMENT = 256  # response tokens that the cache has room for at first
 
 
 def sample(
@@ -103,17 +101,6 @@ def sample(
         is_finished_B=state.has_stopped_A,
         entropy_BxT=state.entropy_AxT,
     )
-
-
-def segments(max_new_tokens: int) -> tuple[int, ...]:
-    """Response lengths at which the cache grows: doubling, so that a short response never pays for the longest.
-
-    A step attends to every column of the cache, written or not, and a long cache takes its memory from the start.
-    """
-    lengths = [FIRST_SEGMENT]
-    while lengths[-1] < max_new_tokens:
-        lengths.append(2 * lengths[-1])
-    return (*lengths[:-1], max_new_tokens)
 
 
 widen_cache = jax.jit(widen, static_argnames="columns")

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from omniopd_jax import models, prng
-from omniopd_jax.rollout import decoding, sampler, sampling
+from omniopd_jax.rollout import columns, decoding, refill, sampling
 from omniopd_jax.rollout.sampler import sample
 from omniopd_jax.rollout.sampling import SamplingRule
 from tests.rollout.conftest import VOCAB
@@ -123,8 +123,43 @@ def test_refilled_slots_give_the_same_responses(model, rollout):
     np.testing.assert_array_equal(refilled.prompt_tokens_BxP, rollout.prompt_tokens_BxP)
 
 
+@pytest.mark.parametrize("slots", [2, 16])
+def test_refilled_slots_in_a_cache_that_grows_and_shrinks_give_the_same_responses(model, rollout, monkeypatch, slots):
+    resized = []
+
+    def resize(cache, size):
+        resized.append(size - cache.mask_BxS.shape[1])
+        return columns.resized(cache, size)
+
+    monkeypatch.setattr(columns, "FIRST_SEGMENT", 3)  # 3, 6, then 12 tokens
+    monkeypatch.setattr(refill, "resized", resize)
+    refilled = _sample(model, slots=slots)
+    assert max(resized) > 0
+    assert slots > 2 or min(resized) < 0
+    assert _responses(refilled) == _responses(rollout)
+    np.testing.assert_allclose(refilled.logprob_BxT, rollout.logprob_BxT, atol=1e-5)
+    np.testing.assert_allclose(refilled.entropy_BxT, rollout.entropy_BxT, atol=1e-5)
+
+
+def test_a_ring_has_room_for_the_longest_response_and_shrinks_when_it_is_far_from_full():
+    sizes = refill.ring_sizes(10, 1000)
+    assert sizes == (10 + 255, 640, 1024), "of long ones a multiple of 128"
+    for longest in range(1000):
+        grown = refill.fitting_size(sizes, sizes[0], 10, longest)
+        assert grown == min(size for size in sizes if size >= 10 + longest)
+        shrunk = refill.fitting_size(sizes, sizes[-1], 10, longest)
+        assert shrunk >= grown
+        assert shrunk == sizes[-1] or 3 * (shrunk - 10) >= 4 * longest
+    assert refill.fitting_size(sizes, sizes[-1], 10, 100) == sizes[0]
+
+
+def test_one_token_a_response_needs_no_room(model):
+    whole, refilled = _sample(model, max_new_tokens=1), _sample(model, max_new_tokens=1, slots=4)
+    assert _responses(refilled) == _responses(whole)
+
+
 def test_a_cache_that_grows_changes_nothing(model, rollout, monkeypatch):
-    monkeypatch.setattr(sampler, "FIRST_SEGMENT", 7)  # 7, then 12 tokens
+    monkeypatch.setattr(columns, "FIRST_SEGMENT", 7)  # 7, then 12 tokens
     grown = _sample(model)
     assert _responses(grown) == _responses(rollout)
     np.testing.assert_array_equal(grown.is_finished_B, rollout.is_finished_B)
@@ -132,10 +167,10 @@ def test_a_cache_that_grows_changes_nothing(model, rollout, monkeypatch):
 
 
 def test_the_cache_grows_by_doubling_to_the_limit():
-    assert sampler.segments(1) == (1,)
-    assert sampler.segments(256) == (256,)
-    assert sampler.segments(257) == (256, 257)
-    assert sampler.segments(2000) == (256, 512, 1024, 2000)
+    assert columns.segments(1) == (1,)
+    assert columns.segments(256) == (256,)
+    assert columns.segments(257) == (256, 257)
+    assert columns.segments(2000) == (256, 512, 1024, 2000)
 
 
 def test_seeds_reproduce_and_differ(model, rollout):

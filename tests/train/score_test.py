@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from omniopd_jax.data.prompts import PromptStream
-from omniopd_jax.rollout import sampler
+from omniopd_jax.rollout import columns
 from omniopd_jax.train import sharding
 from omniopd_jax.train.score import make_student
 
@@ -31,7 +31,7 @@ def respond(make_config, model, tokenizer, prompts):
 
 def test_responses_longer_than_the_first_segment_are_the_same_responses(respond, monkeypatch):
     whole = respond()
-    monkeypatch.setattr(sampler, "FIRST_SEGMENT", 4)
+    monkeypatch.setattr(columns, "FIRST_SEGMENT", 4)
     np.testing.assert_array_equal(respond().tokens_BxT, whole.tokens_BxT)
     assert int(whole.mask_BxT.sum(axis=1).max()) > 4
 
