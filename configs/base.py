@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
                 model="",  # name asked for; the name answered must agree
                 mode="auto",  # auto (probe) | completions | prefill | instruct
                 capabilities="",  # JSON file of capability records that override ours
+                attention="auto",  # local, self: of whole sequences, as student.attention
                 temperature=1.0,  # of the teacher's samples
                 top_p=1.0,
                 api_key_env="",  # environment variable that holds the key; "": the SDK's own name

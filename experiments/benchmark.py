@@ -7,8 +7,9 @@
 One JSON object a line and contestant: median seconds over the repeats after warm-up, tokens a second, the bound (least
 arithmetic at the best matrix product measured in the same run, least bytes at the read bandwidth measured beside it)
 and the multiple of it, memory beside weights and optimizer state, compilations after the warm-up (0 is right) and
-versions. Contestants take turns, so that a change of the machine's mood hits all of them. --peers makes virtual
-environments for transformers with TRL, and for Tunix, and has them do the same work on the same weights.
+versions. Contestants take turns, so that a change of the machine's mood hits all of them (on a TPU, and with --apart,
+they come one after the other). --peers makes virtual environments for transformers with TRL, and for Tunix, and has
+them do the same work on the same weights.
 """
 
 import json

@@ -51,6 +51,7 @@ class TeacherConfig:
     model: str
     mode: str
     capabilities: str
+    attention: str
     temperature: float
     top_p: float
     api_key_env: str
@@ -333,6 +334,7 @@ _CHOICES = {
     "optimizer.state_dtype": _TRAINED_DTYPES,
     "lora.export": ("merged", "peft"),
     "teacher.kind": ("local", "self", "openai", "anthropic", "gemini", "scripted"),
+    "teacher.attention": ("auto", "xla", "cudnn", "splash"),
     "teacher.mode": ("auto", "completions", "prefill", "instruct"),
     "audit.positions": ("peak", "entropy_weighted", "random", "lowest"),
     "audit.entropy_source": ("decode", "rescore"),

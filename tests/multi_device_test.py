@@ -90,6 +90,15 @@ def test_an_evaluation_is_split_over_the_devices_however_many_problems_there_are
     assert many["responses"] == one["responses"]
 
 
+def test_refilled_slots_stay_split_whatever_the_size_of_their_cache(found):
+    one, many = found["one"]["refilled"], found["all"]["refilled"]
+    assert many["tokens"] == one["tokens"]
+    assert {size for size, _ in one["sizes"]} == {size for size, _ in many["sizes"]}
+    sizes = [size for size, _ in many["sizes"]]
+    assert sizes != sorted(sizes), "it shrinks as well"
+    assert {rows for _, rows in many["sizes"]} == {1}, "of four slots on four shares"
+
+
 def test_splash_reads_rows_and_keys_that_the_mesh_does_not_divide(found):
     assert found["all"]["splash"] < 1e-5
 
@@ -206,6 +215,7 @@ def main() -> None:
                 "branches": branches.tokens_BxMxGxC.tolist(),
             }
             line["evaluated"] = evaluated(mesh)
+            line["refilled"] = refilled(mesh)
         if name == "all":
             line["splash"] = splash_error(mesh)
             program = compiled.as_text().splitlines()
@@ -268,6 +278,36 @@ def evaluated(mesh) -> dict:
     return {"rows": rows, "responses": list(done.responses)}
 
 
+def refilled(mesh) -> dict:
+    """Responses from four slots, and (columns, rows of one device) of the caches that they had."""
+    import jax
+    import numpy as np
+
+    from omniopd_jax import models, prng
+    from omniopd_jax.rollout import columns, refill
+    from omniopd_jax.rollout.sampler import sample
+    from omniopd_jax.train import batching, sharding
+    from omniopd_jax.train.small_world import model_config
+
+    model = models.init_model(model_config(32, 1, vocab_size=64), jax.random.key(0))
+    sizes = []
+
+    def resized(cache, size):
+        cache = columns.resized(cache, size)
+        sizes.append((size, len(cache.k[0].addressable_shards[0].data)))
+        return cache
+
+    refill.resized, columns.FIRST_SEGMENT = resized, 2  # 2, 4, 8, then 12 tokens
+    prompts = (np.full((16, 3), 5, np.int32), np.ones((16, 3), bool))
+    keys = prng.row_keys(jax.random.key(1), np.arange(16))
+    rollout = sample(
+        sharding.placed(model, mesh), *batching.to_devices(prompts, mesh), keys, max_new_tokens=12,
+        stop_tokens=tuple(range(2, 12)), slots=4,
+    )  # fmt: skip
+    refill.resized, columns.FIRST_SEGMENT = columns.resized, 256
+    return {"sizes": sizes, "tokens": np.asarray(rollout.tokens_BxT).tolist()}
+
+
 def splash_error(mesh) -> float:
     """Largest difference to one device, of 3 rows on 4 shares and of one key head on two devices."""
     import jax
@@ -283,7 +323,7 @@ def splash_error(mesh) -> float:
     whole, split = (
         jax.jit(
             lambda *sides, layout=layout: kernel_attention(
-                Kernel("splash", layout, is_interpreted=True), *sides, scale=0.1
+                Kernel("splash", is_interpreted=True), *sides, scale=0.1, layout=layout
             )
         )(q, k, v, mask)
         for layout in (None, sharding.activation_layout(mesh))

@@ -1,4 +1,4 @@
-"""Contestants of one piece of work take turns within one call; what comes out is one record each."""
+"""Contestants of one piece of work, in turns or one after the other, within one call: one record each comes out."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Process:
 
     def __init__(self, entrant: Entrant, settings: Settings):
         environment = dict(os.environ, PYTHONPATH=str(ROOT), TOKENIZERS_PARALLELISM="false")
-        # Several processes share an accelerator: none may take all of its memory when it starts.
+        # Several processes may share a GPU: none may take all of its memory when it starts.
         environment |= {"TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if settings.cores:
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(len(settings.cores)))
@@ -87,7 +87,11 @@ class Process:
             cwd=ROOT,
             text=True,
         )
-        self.about = self.ask(prepare=dict(entrant.spec))["ready"]
+        try:
+            self.about = self.ask(prepare=dict(entrant.spec))["ready"]
+        except BaseException:
+            self.close()  # and with it what it holds of the device
+            raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -15,6 +15,7 @@ from flax import struct
 
 from omniopd_jax.models.attention import attention, branch_attention, in_blocks
 from omniopd_jax.models.kernels import Kernel, kernel_attention
+from omniopd_jax.models.layout import BATCH, Layout
 from omniopd_jax.types import Array
 
 
@@ -31,14 +32,23 @@ QUERY_BLOCKS = (128, 1024)  # queries a row whose scores exist at once: at least
 MOST_SCORES = 2**28  # beyond which blocks have fewer queries: 1 GiB
 
 
-def query_block(rows: int, heads: int, columns: int) -> int:
-    """Queries a row whose scores over so many columns exist at once."""
+def query_block(rows: int, heads: int, columns: int, layout: Layout | None = None) -> int:
+    """Queries a row whose scores over so many columns exist at once, on one device."""
     least, most = QUERY_BLOCKS
-    return min(max(MOST_SCORES // (rows * heads * columns), least), most)
+    shares = 1 if layout is None else layout.shares(BATCH) * layout.shares("heads")
+    fitting = MOST_SCORES * shares // (rows * heads * columns)
+    return min(max(fitting // least, 1) * least, most)
 
 
 def causal_attention(
-    q_BxSxHxE: Array, k_BxKxExS: Array, v_BxKxSxE: Array, keys: Keys, window: Array | int, **options: Any
+    q_BxSxHxE: Array,
+    k_BxKxExS: Array,
+    v_BxKxSxE: Array,
+    keys: Keys,
+    window: Array | int,
+    *,
+    layout: Layout | None = None,
+    **options: Any,
 ) -> Array:
     """Each query sees the real keys at or before its column, fewer than `window` positions behind it."""
     column_S = jnp.arange(q_BxSxHxE.shape[1])
@@ -50,7 +60,7 @@ def causal_attention(
             is_visible = is_visible & (position[:, :, None] - keys.position_BxS[:, None] < window)
         return attention(q, k_BxKxExS, v_BxKxSxE, is_visible, **options)
 
-    block = query_block(q_BxSxHxE.shape[0], q_BxSxHxE.shape[2], len(column_S))
+    block = query_block(q_BxSxHxE.shape[0], q_BxSxHxE.shape[2], len(column_S), layout)
     return in_blocks(attend_some, (q_BxSxHxE, keys.position_BxS, column_S[None]), block)
 
 
@@ -61,13 +71,15 @@ class CausalContext:
     keys: Keys
     keeps_cache: bool = struct.field(pytree_node=False)
     kernel: Kernel = struct.field(pytree_node=False, default=Kernel())
+    layout: Layout | None = struct.field(pytree_node=False, default=None)
 
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
         if self.kernel.name != "xla":
-            out = kernel_attention(self.kernel, q, k, v, self.keys.mask_BxS, scale=options["scale"])
+            out = kernel_attention(self.kernel, q, k, v, self.keys.mask_BxS, scale=options["scale"], layout=self.layout)
             return out, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)) if self.keeps_cache else None
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        return causal_attention(q, k, v, self.keys, window, **options), (k, v) if self.keeps_cache else None
+        out = causal_attention(q, k, v, self.keys, window, layout=self.layout, **options)
+        return out, (k, v) if self.keeps_cache else None
 
 
 @struct.dataclass
@@ -79,11 +91,12 @@ class TreeContext:
     branch_position_BxRxC: Array
     branch_start_BxR: Array
     kernel: Kernel = struct.field(pytree_node=False, default=Kernel())
+    layout: Layout | None = struct.field(pytree_node=False, default=None)
 
     def attend(self, q: Array, k: Array, v: Array, window: Array | int, **options: Any) -> tuple[Array, Any]:
         b, s = self.keys.mask_BxS.shape
         r, c = self.branch_mask_BxRxC.shape[1:]
-        trunk = CausalContext(self.keys, keeps_cache=True, kernel=self.kernel)
+        trunk = CausalContext(self.keys, keeps_cache=True, kernel=self.kernel, layout=self.layout)
         trunk_out, (trunk_k, trunk_v) = trunk.attend(q[:, :s], k[:, :s], v[:, :s], window, **options)
 
         def attend_some(branches: tuple[Array, ...]) -> Array:
@@ -100,7 +113,7 @@ class TreeContext:
 
         q, k, v = (x[:, s:].reshape(b, r, c, *x.shape[2:]) for x in (q, k, v))
         branches = (q, k, v, self.branch_mask_BxRxC, self.branch_position_BxRxC, self.branch_start_BxR)
-        out = in_blocks(attend_some, branches, max(1, query_block(b, q.shape[3], s + c) // c))
+        out = in_blocks(attend_some, branches, max(1, query_block(b, q.shape[3], s + c, self.layout) // c))
         return jnp.concatenate([trunk_out, out.reshape(b, r * c, *out.shape[3:])], axis=1), None
 
 

@@ -111,11 +111,6 @@ def with_kernel(model: Model, kernel: Kernel) -> Model:
     return dataclasses.replace(model, module=model.module.clone(kernel=kernel))
 
 
-def _kernel(model: Model) -> Kernel:
-    """As it is on the model's mesh."""
-    return dataclasses.replace(model.module.kernel, layout=model.module.layout)
-
-
 def logical_axes(model: Model) -> PyTree:
     """A tree like `model.params` whose leaves are tuples of logical axis names, one an axis of the parameter.
 
@@ -182,7 +177,7 @@ def read(
     mask_BxS = mask_BxS.astype(bool)
     position_BxS = positions(mask_BxS)
     keys = Keys(mask_BxS, position_BxS, is_windowed(model.config))
-    context = CausalContext(keys, cache_length is not None, _kernel(model))
+    context = CausalContext(keys, cache_length is not None, model.module.kernel, model.module.layout)
     hidden, kept = _apply(model, tokens_BxS, position_BxS, context, remat, place_UxJxW)
     if cache_length is None:
         return hidden, None
@@ -351,7 +346,8 @@ def read_tree(
     position = positions(mask_BxS)
     branch_position = start_position(mask_BxS, branch_start_BxR)[..., None] + jnp.arange(c, dtype=jnp.int32)
     keys = Keys(mask_BxS, position, is_windowed(model.config))
-    context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR, _kernel(model))
+    module = model.module
+    context = TreeContext(keys, branch_mask, branch_position, branch_start_BxR, module.kernel, module.layout)
     tokens = jnp.concatenate([tokens_BxS, branch_tokens_BxRxC.reshape(b, r * c)], axis=1)
     all_positions = jnp.concatenate([position, branch_position.reshape(b, r * c)], axis=1)
     hidden, _ = _apply(model, tokens, all_positions, context, remat, place_UxJxW)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,12 +31,11 @@ class Kernel:
     """Which kernel reads whole sequences. Hashable: part of the module."""
 
     name: str = "xla"  # xla | cudnn | splash
-    layout: Layout | None = None  # the model's, which whoever reads fills in: splash is split over a mesh by hand
     is_interpreted: bool = False  # splash on a machine without a TPU, for checks
 
 
-def kernel_of(setting: str, config: DecoderConfig, dtype: Any, device: Any) -> str:
-    """The kernel that `student.attention` means for a model that computes in `dtype` on a jax device.
+def kernel_of(setting: str, config: DecoderConfig, dtype: Any, device: Any, *, whose: str = "student") -> str:
+    """The kernel that `student.attention` (or another's) means for a model that computes in `dtype` on a jax device.
 
     "auto" is cudnn on a GPU in 16 bits where model and GPU allow it, else xla.
 
@@ -50,7 +50,7 @@ def kernel_of(setting: str, config: DecoderConfig, dtype: Any, device: Any) -> s
     elif has_windows:
         reason = "the model's layers have windows"
     elif setting in ("auto", "cudnn") and jnp.dtype(dtype).itemsize != 2:
-        reason = f"it computes in 16 bits and student.compute_dtype is {jnp.dtype(dtype).name}"
+        reason = f"it computes in 16 bits and the model in {jnp.dtype(dtype).name}"
     elif setting in ("auto", "cudnn") and (config.head_dim % 8 or config.head_dim > 128):
         reason = f"heads of {config.head_dim} are no multiple of 8 up to 128"
     elif setting in ("auto", "cudnn") and platform == "gpu" and not _has_flash_attention(capability):
@@ -65,7 +65,7 @@ def kernel_of(setting: str, config: DecoderConfig, dtype: Any, device: Any) -> s
         elif importlib.util.find_spec("jax.experimental.pallas.ops.tpu.splash_attention") is None:
             reason = "this jax does not have it"
     if setting != "xla" and reason:
-        raise ModelError(f"config.student.attention={setting!r} cannot be used: {reason}; 'xla' always can.")
+        raise ModelError(f"config.{whose}.attention={setting!r} cannot be used: {reason}; 'xla' always can.")
     return setting
 
 
@@ -76,19 +76,29 @@ def _has_flash_attention(capability: str) -> bool:
 
 
 def kernel_attention(
-    kernel: Kernel, q_BxSxHxE: Array, k_BxSxKxE: Array, v_BxSxKxE: Array, mask_BxS: Array, *, scale: float
+    kernel: Kernel,
+    q_BxSxHxE: Array,
+    k_BxSxKxE: Array,
+    v_BxSxKxE: Array,
+    mask_BxS: Array,
+    *,
+    scale: float,
+    layout: Layout | None = None,
 ) -> Array:
     """Causal attention over the real tokens, as `contexts.causal_attention` without windows and softcap.
+
+    The compiler cannot split splash over a mesh: it is split by hand, by the model's layout.
 
     Returns:
       out_BxSxHxE; what stands on padding is finite and means nothing.
     """
-    if kernel.layout is not None and k_BxSxKxE.shape[2] % kernel.layout.shares("kv_heads"):
+    if layout is not None and k_BxSxKxE.shape[2] % layout.shares("kv_heads"):
         # Heads are split and the few keys are not: each head gets keys of its own, which are split alike.
         groups = q_BxSxHxE.shape[2] // k_BxSxKxE.shape[2]
         k_BxSxKxE, v_BxSxKxE = jnp.repeat(k_BxSxKxE, groups, axis=2), jnp.repeat(v_BxSxKxE, groups, axis=2)
     if kernel.name == "splash":
-        return _splash(kernel, q_BxSxHxE, k_BxSxKxE, v_BxSxKxE, mask_BxS, scale)
+        run = functools.partial(_splash_local, is_interpreted=kernel.is_interpreted)
+        return _splash(run, layout, q_BxSxHxE, k_BxSxKxE, v_BxSxKxE, mask_BxS, scale)
     return compact_attention(q_BxSxHxE, k_BxSxKxE, v_BxSxKxE, mask_BxS, scale=scale, implementation="cudnn")
 
 
@@ -117,7 +127,9 @@ def compact_attention(
     return moved(out, back_BxS, order_BxS)
 
 
-def _splash(kernel: Kernel, q: Array, k: Array, v: Array, mask_BxS: Array, scale: float) -> Array:
+def _splash(
+    run: Callable[..., Any], layout: Layout | None, q: Array, k: Array, v: Array, mask_BxS: Array, scale: float
+) -> Array:
     """TPU's splash attention. Padding is a segment of its own, so that real queries see real keys alone."""
     length = q.shape[1]
     padded = -(-length // _LANES) * _LANES
@@ -128,14 +140,13 @@ def _splash(kernel: Kernel, q: Array, k: Array, v: Array, mask_BxS: Array, scale
     def heads_first(array: Array) -> Array:
         return fill(array).swapaxes(1, 2)
 
-    run = functools.partial(_splash_local, is_interpreted=kernel.is_interpreted)
-    if kernel.layout is not None and kernel.layout.mesh.size > 1:
-        places = dict(kernel.layout.rules)
-        batch = places[BATCH] if q.shape[0] % kernel.layout.shares(BATCH) == 0 else None
+    if layout is not None and layout.mesh.size > 1:
+        places = dict(layout.rules)
+        batch = places[BATCH] if q.shape[0] % layout.shares(BATCH) == 0 else None
         rows, of_heads, of_keys = (Spec(batch, *axes) for axes in ((), (places["heads"],), (places["kv_heads"],)))
         run = jax.shard_map(
             run,
-            mesh=kernel.layout.mesh,
+            mesh=layout.mesh,
             in_specs=(of_heads, of_keys, of_keys, rows),
             out_specs=of_heads,
             check_vma=False,

@@ -37,7 +37,7 @@ class Plan:
     micro_batch: int  # responses that the step computes at a time
     # parameters, optimizer, reference: all the time; cache: while responses are sampled; gradients: of a batch in parts
     held: Mapping[str, int]
-    others: tuple[Compiled, ...]  # sampling and scoring, in the order of a step
+    others: tuple[Compiled, ...]  # sampling and scoring, of the largest rollouts first
     update: tuple[Compiled, ...]  # the step, or the gradients of its parts and the optimizer's update
     tried: Mapping[int, bool]  # micro-batch → fits, of a search
     teacher: str  # projected cost of a teacher behind an API

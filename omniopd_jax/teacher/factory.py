@@ -52,7 +52,7 @@ def make_teacher(
     if config.kind == "local":
         from omniopd_jax.teacher.local import load_teacher
 
-        return load_teacher(config.path, template_args=template_args)
+        return load_teacher(config.path, template_args=template_args, attention=config.attention)
     if not config.model:
         raise ConfigError("config.teacher.model must name the model to ask for; no model is a default.")
     capability = find_capability(config.kind, config.model, config.base_url, config.capabilities)

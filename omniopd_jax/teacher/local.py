@@ -58,6 +58,7 @@ class LocalTeacher:
         name: str = "local",
         template_args: Mapping[str, Any] | None = None,
         max_batch_tokens: int = 2**18,
+        attention: str = "auto",
     ):
         """Wraps a model.
 
@@ -67,9 +68,11 @@ class LocalTeacher:
           name: for logs.
           template_args: arguments of the teacher's chat template.
           max_batch_tokens: cached tokens that may be alive at once, trunks and branches together.
+          attention: `teacher.attention`, of the trunks.
 
         Raises:
           InputError: the tokenizer has more tokens than the model, or no stop token that the model can emit.
+          ModelError: the kernel asked for cannot serve this model or machine.
         """
         vocab_size = model.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
@@ -79,7 +82,8 @@ class LocalTeacher:
             )
         self.name = name
         self.tokenizer = tokenizer
-        kernel = models.kernel_of("auto", model.config, model.module.compute_dtype, jax.devices()[0])
+        dtype, device = model.module.compute_dtype, jax.devices()[0]
+        kernel = models.kernel_of(attention, model.config, dtype, device, whose="teacher")
         self.model = models.with_kernel(model, models.Kernel(kernel))
         self._template_args = template_args
         self._max_batch_tokens = max_batch_tokens
@@ -223,7 +227,11 @@ def _continuation(text: str, *, is_end: bool) -> Continuation | None:
 
 
 def load_teacher(
-    path: str | Path, *, template_args: Mapping[str, Any] | None = None, max_batch_tokens: int = 2**18
+    path: str | Path,
+    *,
+    template_args: Mapping[str, Any] | None = None,
+    max_batch_tokens: int = 2**18,
+    attention: str = "auto",
 ) -> LocalTeacher:
     """The model and tokenizer of a folder in HF layout, in float32 on a CPU and bfloat16 elsewhere.
 
@@ -243,6 +251,7 @@ def load_teacher(
         name=f"local:{Path(path).name}",
         template_args=template_args,
         max_batch_tokens=max_batch_tokens,
+        attention=attention,
     )
 
 

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from omniopd_jax import prng
+from omniopd_jax import gathering, prng
 from omniopd_jax.algo import registry
 from omniopd_jax.algo.arms import anchor_weights
 from omniopd_jax.algo.controls import controlled
 from omniopd_jax.algo.registry import Needs, Seen, Settings, Weights
 from omniopd_jax.algo.targets import chunk_prior
 from omniopd_jax.config import Config, mixed_arms
-from omniopd_jax.train.batching import to_host
 from omniopd_jax.types import Anchors, Answers, Array, Branches, PromptBatch, Rollout, TokenTree, Verdicts
 
 
@@ -92,7 +91,7 @@ def give_credit(config: Config, evidence: Evidence, step: int) -> Credit:
     """
     mixture = tuple(arms_of(config).items())
     key = prng.named_key(config.train.seed, step, "control")
-    weights, carried_BxT, prior_BxM = to_host(
+    weights, carried_BxT, prior_BxM = gathering.whole(
         _weights(_seen(evidence), key, mixture, settings_of(config), config.audit.control)
     )
     tree = _tree(evidence, weights, carried_BxT, config.objective.confidence_power)

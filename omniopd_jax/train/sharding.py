@@ -22,6 +22,7 @@ from omniopd_jax.models import DecoderConfig, Model, logical_axes
 from omniopd_jax.models.layout import BATCH, Layout
 from omniopd_jax.models.lora import adapter_axes
 from omniopd_jax.models.parameters import nest, parameter_table
+from omniopd_jax.train.pipeline import rows_decoded
 from omniopd_jax.types import PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -68,8 +69,8 @@ def check_batch(mesh: Mesh, config: Config) -> None:
     sizes = {"rollout.batch_size": whole}
     if config.train.micro_batch_size:
         sizes["train.micro_batch_size"] = config.train.micro_batch_size
-    if 0 < config.rollout.slots < whole:
-        sizes["rollout.slots"] = config.rollout.slots
+    if config.rollout.slots:
+        sizes["rollout.slots"] = rows_decoded(config)
     if parts > 1:
         sizes[f"rollout.batch_size={whole} / config.pipeline.micro_batches"] = whole // parts
     for name, size in sizes.items():

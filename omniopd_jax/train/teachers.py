@@ -49,7 +49,13 @@ def initial_student(config: Config, student: Model, tokenizer: Tokenizer) -> Loc
     params, adapters = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), (params, adapters))  # copies
     module = student.module.clone(layout=None, compute_dtype=dtype)
     copy = dataclasses.replace(student, params=params, adapters=adapters, module=module)
-    return LocalTeacher(copy, tokenizer, name="self", template_args=config.data.template_args)
+    return LocalTeacher(
+        copy,
+        tokenizer,
+        name="self",
+        template_args=config.data.template_args,
+        attention=config.teacher.attention,
+    )
 
 
 def check_white_box(teacher: Teacher | None, config: Config, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from omniopd_jax.types import InputError
 
 # A contestant that needs no library: `seconds` of pretended work, `mib` of real memory, a device for one process alone.
 PLAYER = """
-import atexit, os
+import atexit, os, time
 from omniopd_jax.bench.protocol import Work, serve
 
 def prepare(spec):
@@ -19,7 +19,9 @@ def prepare(spec):
         raise ValueError("cannot be prepared")
     if spec["device"]:
         os.mkdir(spec["device"])
-        atexit.register(os.rmdir, spec["device"])
+        atexit.register(lambda: (time.sleep(0.5), os.rmdir(spec["device"])))
+    if spec["seconds"] == 0:
+        raise ValueError("ran out of memory")
     def run():
         print("noise on stdout")
         block = b"1" * (spec["mib"] * 2**20)
@@ -98,13 +100,15 @@ def test_ours_may_not_fail(player):
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_a_tpu_never_has_two_processes_on_it(player, tmp_path, platform):
-    players = [player(name, seconds, device=tmp_path / "chip") for name, seconds in (("ours", 0.5), ("slow", 1.0))]
+    seconds = {"ours": 0.5, "broken": 0.0, "slow": 1.0}
+    players = [player(name, taken, device=tmp_path / "chip") for name, taken in seconds.items()]
     held = contest.Contest("play", "A", {}, players, tokens=0, cost=None)
     chip = tmp_path / "chip" if platform == "tpu" else ""
     machine = contest.Machine(player("machine", 0.1, device=chip, platform=platform), contest.Settings(2, (), "wall"))
-    ours, slow = contest.hold(held, machine, lambda text: None)
+    ours, broken, slow = contest.hold(held, machine, lambda text: None)
     machine.close()
     assert ours["repeats"] == 2
+    assert "error" in broken
     if platform == "tpu":
         assert ours["faster_than_best"] == 2
     else:

@@ -1,7 +1,6 @@
 """Laws of reading and decoding: caches, trees, branches, padding. Families against transformers: parity_test.py."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from omniopd_jax import models
 from omniopd_jax.models import contexts
 from omniopd_jax.models.layers import RoutedFeedForward
+from omniopd_jax.train import sharding
 from tests.models import parity
 
 TOKENS, MASK = parity.tokens_and_mask()
@@ -161,13 +161,13 @@ def test_scores_in_blocks_change_nothing(model, tree, monkeypatch):
     np.testing.assert_allclose(np.asarray(blocked[1])[BRANCH_MASK], np.asarray(tree[1])[BRANCH_MASK], atol=1e-4)
 
 
-def test_scores_of_many_rows_take_no_more_memory_than_those_of_few():
-    for rows, heads, columns in itertools.product((1, 8, 32), (4, 32), (128, 6144)):
-        block = contexts.query_block(rows, heads, columns)
-        is_least = block == contexts.QUERY_BLOCKS[0]
-        assert is_least or block * rows * heads * columns <= contexts.MOST_SCORES
-        assert contexts.QUERY_BLOCKS[0] <= block <= contexts.QUERY_BLOCKS[1]
-    assert contexts.query_block(8, 16, 128) == contexts.QUERY_BLOCKS[1]
+def test_scores_of_many_rows_come_in_smaller_blocks():
+    assert contexts.query_block(8, 16, 128) == 1024, "no block is larger"
+    assert contexts.query_block(8, 16, 4096) == 512, "2**28 scores"
+    assert contexts.query_block(16, 16, 6144) == 128, "of 170 what the least block divides"
+    assert contexts.query_block(512, 16, 6144) == 128, "no block is smaller"
+    axes = jax.sharding.AbstractMesh((1, 64, 1), sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    assert contexts.query_block(512, 16, 6144, sharding.activation_layout(axes)) == 256, "8 rows on each of 64 devices"
 
 
 def test_a_token_outside_the_vocabulary_is_loud(model):

@@ -45,6 +45,10 @@ def test_a_batch_or_a_model_that_does_not_divide(make_config, model):
         sharding.check_batch(abstract(3, 1, 1), config)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size=2 must be a multiple of 4"):
         sharding.check_batch(abstract(2, 2, 1), make_config(**{"train.micro_batch_size": 2}))
+    with pytest.raises(ConfigError, match=r"rollout\.slots=6 must be a multiple of 4"):
+        sharding.check_batch(abstract(2, 2, 1), make_config(**{"rollout.slots": 6}))
+    in_parts = {"rollout.batch_size": 16, "pipeline.micro_batches": 4}  # of rollouts of 4, 4 and 8 none is refilled
+    sharding.check_batch(abstract(2, 2, 1), make_config(**in_parts, **{"rollout.slots": 10}))
     with pytest.raises(ConfigError, match=r"mesh\.tensor=3 does not divide the model's attention heads, 4"):
         sharding.check_model(abstract(1, 1, 3), model.config)
     sharding.check_batch(abstract(2, 2, 2), config)
