@@ -27,7 +27,7 @@ from omniopd_jax.plan import collectives as collectives_lib
 from omniopd_jax.plan import hlo
 from omniopd_jax.plan.cost import Cost, cost
 from omniopd_jax.rollout import refill, sampler
-from omniopd_jax.rollout.columns import roomy
+from omniopd_jax.rollout.columns import cache_sizes
 from omniopd_jax.rollout.rescoring import rescore
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.train import sharding
@@ -239,7 +239,7 @@ def _side_by_side(shapes: Shapes) -> list[Compiled]:
     config, mesh, model, rule = shapes.config, shapes.mesh, shapes.student, _rule(shapes)
     tokens_BxP, mask_BxP, keys_B = _prompts(shapes, config.rollout.batch_size)
     longest = config.rollout.max_new_tokens
-    columns = roomy(config.data.max_prompt_tokens + longest - 1)
+    columns = cache_sizes(config.data.max_prompt_tokens, longest)[-1]
     lowered = sampler.read_prompts.lower(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=longest, rule=rule)
     prefill = compiled("prefill", lowered, mesh)
     if prefill.too_large:
@@ -256,7 +256,7 @@ def _refilled(shapes: Shapes) -> list[Compiled]:
     rollout, whole = config.rollout, sharding.replicated(shapes.mesh)
     tokens_WxP, mask_WxP, keys_W = _prompts(shapes, rollout.batch_size)
     longest = rollout.max_new_tokens
-    columns = refill.ring_sizes(config.data.max_prompt_tokens, longest)[-1]
+    columns = cache_sizes(config.data.max_prompt_tokens, longest)[-1]
     lowered = refill.empty_slots.lower(model, tokens_WxP, slots=rollout.slots, max_new_tokens=longest, columns=columns)
     empty = compiled("empty slots", lowered, mesh)
     if empty.too_large:
@@ -360,7 +360,7 @@ def cache_bytes(shapes: Shapes) -> int:
     shares = sharding.batch_shares(mesh)
     heads = decoder.num_kv_heads
     heads = heads // mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else heads
-    columns = roomy(config.data.max_prompt_tokens + config.rollout.max_new_tokens - 1)
+    columns = cache_sizes(config.data.max_prompt_tokens, config.rollout.max_new_tokens)[-1]
     rows = rows // shares if rows % shares == 0 else rows
     width = jnp.dtype(shapes.student.module.compute_dtype).itemsize
     return 2 * decoder.num_layers * rows * heads * decoder.head_dim * columns * width

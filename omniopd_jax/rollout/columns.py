@@ -36,6 +36,14 @@ def roomy(columns: int) -> int:
     return columns if columns < 4 * TILE else -(-columns // TILE) * TILE
 
 
+def cache_sizes(width: int, max_new_tokens: int) -> tuple[int, ...]:
+    """Columns of a cache for prompts of `width`, one size a segment; the last have room for whole responses.
+
+    The last token drawn is never read back, so it needs no column.
+    """
+    return tuple(roomy(width + tokens - 1) for tokens in segments(max_new_tokens))
+
+
 def widen(cache: KVCache, columns: int) -> KVCache:
     """The same cache with room for more columns."""
     spare = columns - cache.mask_BxS.shape[1]

@@ -20,7 +20,7 @@ from flax import struct
 from omniopd_jax import gathering, models
 from omniopd_jax.models.layout import Layout, full_rows
 from omniopd_jax.rollout import decoding, sampling
-from omniopd_jax.rollout.columns import replace_rows, resized, roomy, segments, widen
+from omniopd_jax.rollout.columns import cache_sizes, replace_rows, resized, widen
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
 
@@ -58,7 +58,7 @@ def sample(
     # Rows of one device may move together; rows that lie on several stay where they are.
     fewest = group if layout is None or layout.mesh.size == 1 else slots
     width = tokens_WxP.shape[1]
-    sizes = ring_sizes(width, max_new_tokens)
+    sizes = cache_sizes(width, max_new_tokens)
     columns = sizes[0]
     state = empty_slots(model, tokens_WxP, slots=slots, max_new_tokens=max_new_tokens, columns=columns)
     stepper = decoding.stepper(model, slots)
@@ -104,11 +104,6 @@ def sample(
         is_finished_B=state.is_finished_W,
         entropy_BxT=state.entropy_WxT,
     )
-
-
-def ring_sizes(width: int, max_new_tokens: int) -> tuple[int, ...]:
-    """Columns that a cache may have, ascending; the last have room for whole responses to prompts of `width`."""
-    return tuple(roomy(width + tokens - 1) for tokens in segments(max_new_tokens))
 
 
 def fitting_size(sizes: tuple[int, ...], columns: int, width: int, longest: int) -> int:

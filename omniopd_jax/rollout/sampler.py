@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from omniopd_jax import models
 from omniopd_jax.rollout import decoding, refill, sampling
-from omniopd_jax.rollout.columns import roomy, segments, widen
+from omniopd_jax.rollout.columns import cache_sizes, segments, widen
 from omniopd_jax.rollout.decoding import DecodingState
 from omniopd_jax.rollout.sampling import SamplingRule
 from omniopd_jax.types import Array, Rollout
@@ -86,9 +86,8 @@ def sample(
     width = tokens_BxP.shape[1]
     state = read_prompts(model, tokens_BxP, mask_BxP, keys_B, max_new_tokens=max_new_tokens, rule=rule)
     stepper = decoding.stepper(model, len(tokens_BxP))
-    for until in segments(max_new_tokens):
-        # The last token drawn is never read back, so it needs no column.
-        state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=roomy(width + until - 1)))
+    for until, columns in zip(segments(max_new_tokens), cache_sizes(width, max_new_tokens), strict=True):
+        state = dataclasses.replace(state, cache=widen_cache(state.cache, columns=columns))
         state = decode_segment(stepper, state, keys_B, until=until, rule=rule)
         if until < max_new_tokens and not jnp.any(state.is_active_A):
             break

@@ -144,7 +144,7 @@ def test_refilled_slots_in_a_cache_that_grows_and_shrinks_give_the_same_response
 
 
 def test_a_ring_has_room_for_the_longest_response_and_shrinks_when_it_is_far_from_full():
-    sizes = refill.ring_sizes(10, 1000)
+    sizes = columns.cache_sizes(10, 1000)
     assert sizes == (10 + 255, 640, 1024), "of long ones a multiple of 128"
     for longest in range(1000):
         grown = refill.fitting_size(sizes, sizes[0], 10, longest)
